@@ -1,0 +1,67 @@
+"""Perplexity of a saved folder, through stock transformers in float32 and nothing of this project.
+
+    python benchmarks/_perplexity.py MODEL TEXT...
+
+Needs an environment with transformers and, for packed folders, compressed-tensors; ours has both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+WINDOW = 256
+TOKENS = 20_000
+BATCH = 8
+
+
+def windows_of(text: Path, model: Path) -> torch.Tensor:
+    """The first TOKENS tokens in windows that do not overlap, no special tokens.  int64 [windows, WINDOW]"""
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    ids = tokenizer(text.read_text(encoding="utf-8"), add_special_tokens=False, verbose=False)["input_ids"][:TOKENS]
+    count = len(ids) // WINDOW
+    if count == 0:
+        raise SystemExit(f"{text}: {len(ids)} tokens is less than one window of {WINDOW}")
+    return torch.tensor(ids[: count * WINDOW]).view(count, WINDOW)
+
+
+@torch.no_grad()
+def perplexity(model: torch.nn.Module, windows: torch.Tensor) -> float:
+    """exp of the mean negative log-likelihood of every token but the first of each window."""
+    total = 0.0
+    for batch in torch.split(windows, BATCH):
+        logits = model(batch).logits[:, :-1].float()  # [batch, WINDOW - 1, vocabulary]
+        losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="sum")
+        total += losses.item()
+    return math.exp(total / windows[:, 1:].numel())
+
+
+def perplexities(folder: Path, texts: Iterable[torch.Tensor]) -> list[float]:
+    """The perplexity of the model in ``folder`` on each text's windows."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)  # comes in evaluation mode
+    return [perplexity(model, windows) for windows in texts]
+
+
+def geometric_mean(values: Sequence[float]) -> float:
+    """exp of the mean logarithm."""
+    return math.exp(sum(math.log(value) for value in values) / len(values))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("texts", type=Path, nargs="+", metavar="TEXT")
+    args = parser.parse_args()
+    found = perplexities(args.model, [windows_of(text, args.model) for text in args.texts])
+    for text, value in zip(args.texts, found, strict=True):
+        print(f"{value:10.4f}  {text}")
+    print(f"{geometric_mean(found):10.4f}  geometric mean")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,163 @@
+"""Quantizes a checkpoint several times larger than the memory the process may have.
+
+    sudo python benchmarks/larger_than_memory.py --limit 1GiB --times 4
+    python benchmarks/larger_than_memory.py --times 4 -- --max-memory 1GiB     what follows -- goes to compress quantize
+
+As root on a machine with cgroup v2 the limit is memory.max of a group of its own, with no swap: it covers page cache
+and children, and the kernel kills what goes beyond. Otherwise it is RLIMIT_DATA, which bounds the heap and private
+mappings of each process, whether touched or not, and leaves page cache out. The output says which. The checkpoint has
+Llama-3.2-1B's proportions at --hidden, and as many layers as it takes. It is made before the limit holds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from _measure import Usage, folder_bytes, note, parse_bytes, run, save_json, table
+from _ours import Settings, Windows, fresh, make_checkpoint, quantize_command, work_folder
+
+CGROUPS = Path("/sys/fs/cgroup")
+
+
+@dataclass(frozen=True)
+class Fence:
+    """How the limit is set: a shell prefix that enters it, and what can be read of it afterwards."""
+
+    kind: str
+    prefix: str
+    peak: Callable[[], int | None]
+    watch: Callable[[int], None] | None = None
+
+
+@contextmanager
+def cgroup(limit: int) -> Iterator[Fence]:
+    """A cgroup v2 with ``memory.max``; raises OSError where there is none to be had."""
+    if "memory" not in (CGROUPS / "cgroup.controllers").read_text().split():
+        raise OSError("cgroup v2 without the memory controller")
+    group = CGROUPS / f"larger-than-memory-{os.getpid()}"
+    if "memory" not in (CGROUPS / "cgroup.subtree_control").read_text().split():
+        (CGROUPS / "cgroup.subtree_control").write_text("+memory")
+    group.mkdir()
+    try:
+        (group / "memory.max").write_text(str(limit))
+        with suppress(FileNotFoundError):  # a kernel without swap accounting
+            (group / "memory.swap.max").write_text("0")
+        peak = group / "memory.peak"  # since Linux 5.19
+        yield Fence(
+            kind="cgroup v2 memory.max, no swap",
+            prefix=f"echo $$ > {group}/cgroup.procs",
+            peak=lambda: int(peak.read_text()) if peak.exists() else None,
+        )
+    finally:
+        group.rmdir()
+
+
+@contextmanager
+def data_limit(limit: int) -> Iterator[Fence]:
+    """RLIMIT_DATA; the kernel keeps no peak of it, so the process is sampled."""
+    peaks = [0]
+
+    def sample(pid: int) -> None:
+        status = Path(f"/proc/{pid}/status")
+        with suppress(OSError, ProcessLookupError):  # it has ended
+            while True:
+                found = [line.split()[1] for line in status.read_text().splitlines() if line.startswith("VmData")]
+                if not found:  # a zombie has no memory
+                    return
+                peaks[0] = max(peaks[0], int(found[0]) * 1024)
+                time.sleep(0.02)
+
+    yield Fence(
+        kind="RLIMIT_DATA (a process's heap and private mappings)",
+        prefix=f"ulimit -d {limit // 1024}",
+        peak=lambda: peaks[0],
+        watch=lambda pid: threading.Thread(target=sample, args=(pid,), daemon=True).start(),
+    )
+
+
+@contextmanager
+def fence(limit: int) -> Iterator[Fence]:
+    """The cgroup if there is one to be had, else RLIMIT_DATA."""
+    with ExitStack() as stack:
+        try:
+            made = stack.enter_context(cgroup(limit))
+        except OSError as error:
+            note(f"no cgroup ({error}); using RLIMIT_DATA")
+            made = stack.enter_context(data_limit(limit))
+        yield made
+
+
+def layers_for(wanted: int, hidden: int) -> int:
+    """Layers until the checkpoint has ``wanted`` bytes; a layer has 14.5 hidden^2 weights."""
+    embedding, layer = 2 * 32000 * hidden, 2 * 14.5 * hidden**2  # bytes in bf16, in make_checkpoint's proportions
+    return max(1, math.ceil((wanted - embedding) / layer))
+
+
+def quantize_inside(limit: int, command: list[str | Path]) -> tuple[Usage, str, int | None]:
+    """Run ``command`` under ``limit``: what it cost, the kind of limit, the peak that counts against it."""
+    with fence(limit) as made:
+        # The shell enters the limit, then becomes the command, so nothing runs outside.
+        words = ["sh", "-c", f'{made.prefix} && exec "$@"', "sh", *command]
+        usage = run(words, check=False, watch=made.watch)
+        return usage, made.kind, made.peak()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--limit", type=parse_bytes, default=parse_bytes("1GiB"), metavar="SIZE")
+    parser.add_argument("--times", type=float, default=4, help="size of the checkpoint in limits (default 4)")
+    parser.add_argument("--hidden", type=int, default=1024)
+    parser.add_argument("--method", default="gptq")
+    parser.add_argument("--bits", type=int, default=4)
+    parser.add_argument("--group-size", type=int, default=128)
+    parser.add_argument("--num-samples", type=int, default=8)
+    parser.add_argument("--seq-len", type=int, default=256)
+    parser.add_argument("--work", type=Path, help="keep checkpoint and output in this folder")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("extra", nargs="*", help="after --: more options for compress quantize")
+    args = parser.parse_args()
+    layers = layers_for(int(args.limit * args.times), args.hidden)
+    with work_folder(args.work) as work:
+        model, out = work / f"model-{layers}x{args.hidden}", fresh(work / "out")
+        if not model.exists():
+            make_checkpoint(model, layers=layers, hidden=args.hidden)
+        settings = Settings(args.method, args.bits, args.group_size)
+        windows = Windows("builtin", args.num_samples, args.seq_len)
+        command = quantize_command(model, out, settings, windows, extra=args.extra)
+        note(f"quantizing {folder_bytes(model) / 2**30:.2f} GiB under {args.limit / 2**30:.2f} GiB")
+        usage, kind, peak = quantize_inside(args.limit, command)
+        size = folder_bytes(model)
+        made = folder_bytes(out) if out.is_dir() else 0
+    done = usage.exit_code == 0 and made > 0
+    result = "done" if done else f"failed, exit code {usage.exit_code}" + (" (killed)" if usage.exit_code == -9 else "")
+    sizes = {
+        "limit": args.limit,
+        "checkpoint": size,
+        "peak against the limit": peak,
+        "peak resident": usage.peak_bytes,
+        "output": made,
+    }
+    rows = [
+        *([name, f"{n / 2**30:.2f} GiB", f"{n / args.limit:.2f}"] for name, n in sizes.items() if n is not None),
+        ["CPU s", f"{usage.cpu_seconds:.0f}", ""],
+        ["wall s", f"{usage.wall_seconds:.0f}", ""],
+        ["result", result, ""],
+    ]
+    table(f"{args.method}, {layers} layers of hidden {args.hidden}, limit by {kind}", ["", "", "of limit"], rows)
+    figures = {"limit_kind": kind, "limit_bytes": args.limit, "checkpoint_bytes": size, "limit_peak_bytes": peak}
+    save_json(args.json, {**figures, "output_bytes": made, "layers": layers, "result": result, **usage.figures()})
+    if not done:
+        sys.exit("\n".join(usage.stderr.strip().splitlines()[-15:]))
+
+
+if __name__ == "__main__":
+    main()

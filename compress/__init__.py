@@ -1,0 +1,1 @@
+"""Compression of checkpoints: ``from compress import quantize``."""

@@ -1,0 +1,167 @@
+"""GPTQ: round column by column, pushing each column's error onto the columns not yet rounded.
+
+Frantar et al., "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers" (arXiv:2210.17323).
+W [out, in] is a weight, X [tokens, in] its inputs, H = (2/n) X'X, L the lower Cholesky factor of inv(H + damping).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from pydantic import Field
+
+from compress.grids import Grid, grouped
+from compress.hessian import Factor, Hessian, factor
+from compress.schemes import IntegerOptions
+from weightworks.stage.protocols import Solution, Target
+from weightworks.store.packing import IntScheme, Quantized
+
+PAPER = "Frantar et al. 2022, arXiv:2210.17323"
+VERSION = 1
+BLOCK = 128  # columns swept before the rest is updated by one matrix product (paper, section 3.3, step 2)
+ROWS = 4096  # output rows swept at a time: rows are independent, and a block of this many stays in the cache
+COLD = 64  # inputs seen, below which H says nothing worth compensating for (experts that no token reached)
+SAMPLE = 128  # rows whose output error is reported
+
+
+class Options(IntegerOptions):
+    """GPTQ's options."""
+
+    act_order: Literal["static", "none", "dynamic"] = Field(
+        "static",
+        description="order of columns: static sorts by diag(H) and keeps groups of neighbours, none keeps the order, "
+        "dynamic also groups in that order (needs --format gptq)",
+    )
+    damp_percent: float = Field(0.01, gt=0, le=1, description="share of the mean of diag(H) added to the diagonal")
+
+
+def quantize(
+    weight: torch.Tensor, hessian: torch.Tensor, grid: Grid, *, reorder: bool, static_groups: bool, damp_percent: float
+) -> tuple[Quantized, torch.Tensor, Factor]:
+    """Quantize float32 ``weight`` [out, in] against ``hessian`` [in, in]; both are used up.
+
+    ``reorder`` sweeps columns by falling diag(H). With ``static_groups`` a group is ``group_size`` neighbours and its grid
+    is fitted to the original weight; without, groups follow the sweep and fit their grids when it reaches them. Returns the codes with their grid, the proxy loss tr(E H E') by output row [out] (damping included), and what the
+    factorisation took. If nothing could be factored, the weight is rounded without compensation.
+    """
+    columns, scheme = hessian.shape[0], grid.scheme
+    importance = hessian.diagonal().clone()  # [in]
+    dead = importance == 0  # no calibration token ever reached these inputs
+    hessian.diagonal()[dead] = 1
+    weight[:, dead] = 0
+    size = columns if scheme.group_size == -1 else scheme.group_size
+    order = importance.argsort(descending=True, stable=True) if reorder else torch.arange(columns)
+    place = torch.arange(columns) // size  # the group of the column at each place of the sweep
+    fits = not static_groups and size < columns
+    index = order // size if static_groups else place
+    scale, zero = grid.fit(grouped(weight, size), grouped(importance[None], size))  # [out, groups]
+
+    found = factor(hessian, order, damp_percent=damp_percent)
+    if found.lower is None:
+        codes = grid.round(grouped(weight, size), scale[..., None], zero[..., None]).view_as(weight)
+        return Quantized(scheme, codes.byte(), scale.to(grid.scale_dtype), zero.byte()), torch.zeros(weight.shape[0]), found
+    codes, loss = torch.empty(weight.shape, dtype=torch.uint8), torch.empty(weight.shape[0])
+    for start in range(0, weight.shape[0], ROWS):
+        rows = slice(start, start + ROWS)
+        grids = scale[rows].T.contiguous(), zero[rows].T.contiguous()  # [groups, rows]
+        swept = weight[rows].T[order]  # [in, rows]
+        codes[rows, order], loss[rows] = sweep(swept, found.lower, grid, index.tolist(), grids, importance[order] if fits else None)
+        scale[rows], zero[rows] = grids[0].T, grids[1].T
+    moved = torch.empty_like(place).scatter_(0, order, place).int() if reorder and fits else None
+    return Quantized(scheme, codes, scale.to(grid.scale_dtype), zero.byte(), moved), loss, found
+
+
+def sweep(
+    weight: torch.Tensor, lower: torch.Tensor, grid: Grid, index: Sequence[int],
+    grids: tuple[torch.Tensor, torch.Tensor], importance: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes uint8 [out, in] of ``weight`` [in, out], W's columns as rows in sweep order, and the loss by row [out].
+
+    ``lower`` is L [in, in] in that order; ``index`` [in] gives each column's group, ``grids`` the scale and zero point
+    [groups, out] of the groups. With ``importance`` [in], a group's grid is fitted in place when the sweep reaches it, from
+    weights that hold every earlier column's error (the released code leaves out those of the running block).
+    ``weight`` is used up. Paper, algorithm 1.
+    """
+    columns = weight.shape[0]
+    scale, zero = grids
+    codes, loss = torch.empty(weight.shape, dtype=torch.uint8), torch.zeros(weight.shape[1])
+    group = index.count(index[0])
+    block = BLOCK if group % BLOCK == 0 else group * max(1, BLOCK // group)
+    for start in range(0, columns, block):
+        stop = min(start + block, columns)
+        errors = torch.empty_like(weight[start:stop])  # [block, out]
+        corner = lower[start:stop, start:stop].T.contiguous()  # row j: how column j's error reaches the later ones
+        for j in range(start, stop):
+            g, reach, w = index[j], corner[j - start, j - start :], weight[j]
+            if importance is not None and j % group == 0:
+                scale[g], zero[g] = grid.fit(weight[j : j + group].T, importance[j : j + group])
+            code = grid.round(w, scale[g], zero[g])
+            codes[j] = code
+            error = torch.div(code.sub_(zero[g]).mul_(scale[g]).sub_(w), -reach[0], out=errors[j - start])
+            weight[j + 1 : stop].addr_(reach[1:], error, alpha=-1)
+        weight[stop:].addmm_(lower[stop:, start:stop], errors, alpha=-1)
+        loss += errors.square_().sum(0)
+    return codes.T, loss
+
+
+class Method:
+    """GPTQ as a blockwise method."""
+
+    def __init__(self, options: Options) -> None:
+        self.options = options
+
+    def scheme(self) -> IntScheme:
+        return self.options.int_scheme(reordered=self.options.act_order == "dynamic")
+
+    def watch(self, columns: int, device: torch.device) -> Hessian:
+        return Hessian(columns, device)
+
+    def solve(self, weights: Sequence[torch.Tensor], statistics: Hessian, targets: Sequence[Target]) -> list[Solution]:
+        options = self.options
+        grid = Grid(self.scheme(), targets[0].scale_dtype, targets[0].min_zero, clip=options.clips)
+        heights = [weight.shape[0] for weight in weights]
+        tokens, dropped, columns = statistics.tokens, statistics.dropped, weights[0].shape[1]
+        fallbacks = [f"{dropped} inputs were not finite and left out"] if dropped else []
+        if tokens < COLD:
+            fallbacks.append(f"saw {tokens} tokens (fewer than {COLD}), rounded without error compensation")
+            statistics = Hessian(columns, weights[0].device)
+            statistics.matrix.diagonal().fill_(1)
+        hessian = statistics.finish()
+        dead = int((hessian.diagonal() == 0).sum())
+        stacked = torch.cat(list(weights))  # rows are independent: one factor, one sweep
+        energy = output_energy(stacked, hessian)
+        quantized, loss, found = quantize(
+            stacked,
+            hessian,
+            grid,
+            reorder=options.act_order != "none",
+            static_groups=options.act_order == "static",
+            damp_percent=options.damp_percent,
+        )
+        if found.lower is None:
+            fallbacks.append(f"{found.steps[-1]}, rounded without error compensation")
+        elif found.steps and tokens >= COLD:
+            fallbacks += found.steps
+        facts = {"tokens": tokens, "damping": found.damping, "dead_inputs": dead}
+        solutions = []
+        for part, error, total in zip(split(quantized, heights), loss.split(heights), energy.split(heights), strict=True):
+            share = float(error[total > 0].sum() / total.sum()) if float(total.sum()) > 0 else 0.0
+            solutions.append(Solution(part, {**facts, "relative_error": share}, list(fallbacks)))
+        return solutions
+
+
+def output_energy(weight: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:
+    """tr(W H W') by row [out] on an even sample of rows, 0 elsewhere: what losses are relative to."""
+    energy = torch.zeros(weight.shape[0])
+    step = max(1, weight.shape[0] // SAMPLE)
+    rows = weight[::step]
+    energy[::step] = ((rows @ hessian) * rows).sum(1)
+    return energy
+
+
+def split(weight: Quantized, heights: Sequence[int]) -> list[Quantized]:
+    """The stacked result as one weight each."""
+    parts = zip(weight.codes.split(heights), weight.scale.split(heights), weight.zero.split(heights), strict=True)
+    return [Quantized(weight.scheme, *part, weight.group_index) for part in parts]

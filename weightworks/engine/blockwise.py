@@ -1,0 +1,207 @@
+"""The loop over decoder blocks: load one, watch its inputs, let the method solve its weights, send activations on.
+
+Peak memory is one block, the activations of all windows (on disk past the limit) and the statistics of one stage.
+After every block, results and activations are journalled, so a killed run continues there and ends in the same bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+
+from weightworks.engine.job import Job
+from weightworks.store.writer import CheckpointWriter
+from weightworks.stream.activations import Activations
+from weightworks.stream.calibration import Calibration
+from weightworks.stream.linears import Group, Linear, Stage, find_stages, read_linear, watch, write_linear
+from weightworks.stream.passes import Windows, perplexity, run_block, shell, token_losses
+from weightworks.stream.replay import prove
+
+PROOF_TOKENS = 16  # a window long enough for masks and positions to matter
+
+
+class Blockwise:
+    """A blockwise job on its way. ``reload_blocks`` is how many leading blocks the final reload check will load."""
+
+    def __init__(
+        self, job: Job, writer: CheckpointWriter, calibration: Calibration, probe: torch.Tensor, dtype: torch.dtype,
+        *, on_disk: bool, statistics_bytes: int, reload_blocks: int,
+    ) -> None:
+        self.job, self.writer, self.dtype = job, writer, dtype
+        self.skeleton, self.method, self.device = job.skeleton, job.method, job.device
+        self.windows, self.probe = Windows(calibration.tokens), Windows(probe)
+        self.statistics_bytes, self.reload_blocks = statistics_bytes, reload_blocks
+        hidden = hidden_size(job)
+        scratch = writer.scratch
+        self.states = Activations((*calibration.tokens.shape, hidden), dtype, scratch, "calibration", on_disk=on_disk)
+        self.dense = Activations((*probe.shape, hidden), torch.float32, scratch, "dense")
+        self.result = Activations((*probe.shape, hidden), torch.float32, scratch, "result")
+
+    @torch.no_grad()
+    def run(self) -> dict[str, Any]:
+        """Solve all blocks; returns ``rows`` and the probe's perplexities (dense, in memory, after ``reload_blocks``)."""
+        count, job = len(self.skeleton.blocks), self.job
+        done = next(index for index in range(count + 1) if f"block {index}" not in self.writer.steps)
+        if done:
+            job.progress.say(f"resuming after block {done} of {count}")
+        self._embed(done)
+        job.progress.begin("block", count, done)
+        for index in range(done, count):
+            self._block(index)
+        job.progress.end()
+        with shell(self.skeleton, job.view, self.device):
+            dense, result = (self._perplexity(states) for states in (self.dense, self.result))
+        steps = [self.writer.steps[f"block {index}"] for index in range(count)]
+        return {
+            "rows": [row for step in steps for row in step["rows"]],
+            "dense": dense,
+            "result": result,
+            "partial": steps[self.reload_blocks - 1].get("perplexity", result),
+        }
+
+    def _embed(self, done: int) -> None:
+        """Prove the replay, capture the blocks' arguments, and fill or restore the activations."""
+        with shell(self.skeleton, self.job.view, self.device):
+            self.job.returns_tuple = prove_once(self.job, self.writer, self.probe.tokens)
+            for windows in (self.windows, self.probe):
+                windows.capture(self.skeleton, returns_tuple=self.job.returns_tuple, device=self.device)
+            if done:
+                for states in (self.states, self.dense, self.result):
+                    if states is not self.states or done < len(self.skeleton.blocks):
+                        states.restore(done)
+                return
+            for start, hidden in self.windows.embedded(self.skeleton, self.device):
+                self.states.write(start, hidden.to(self.dtype))
+            for start, hidden in self.probe.embedded(self.skeleton, self.device):
+                self.dense.write(start, hidden)
+                self.result.write(start, hidden)
+            for states in (self.states, self.dense, self.result):
+                states.advance()
+
+    def _block(self, index: int) -> None:
+        job, skeleton, names = self.job, self.skeleton, self.skeleton.names_of(index)
+        skeleton.load(job.view, names, torch.float32, self.device)
+        run_block(skeleton, index, self.probe, self.dense, torch.float32, self.device)
+        skeleton.cast(names, self.dtype)
+        rows = self._solve(index)
+        skeleton.load(Written(job, self.writer), names, torch.float32, self.device)
+        run_block(skeleton, index, self.probe, self.result, torch.float32, self.device)
+        last = index == len(skeleton.blocks) - 1
+        if not last:
+            skeleton.cast(names, self.dtype)
+            run_block(skeleton, index, self.windows, self.states, self.dtype, self.device)
+        skeleton.unload(names)
+        facts: dict[str, Any] = {"rows": rows}
+        if index + 1 == self.reload_blocks and not last:
+            with shell(skeleton, job.view, self.device):
+                facts["perplexity"] = self._perplexity(self.result)
+        kept = [self.dense, self.result] if last else [self.states, self.dense, self.result]
+        for states in kept:
+            states.checkpoint()
+        self.writer.done(f"block {index}", facts)
+        for states in kept:
+            states.forget()
+        job.progress.step(summary(rows))
+
+    def _solve(self, index: int) -> list[dict[str, Any]]:
+        """All linears of the loaded block, stage by stage; later stages see the earlier ones' new weights."""
+        first = min(self.windows.batch, self.windows.tokens.shape[0])
+        call = self.windows.call(first, self.dtype).blocks[index]
+        hidden = self.states.read(0, first).to(self.device)
+        stages, never = find_stages(self.skeleton, index, call, hidden, self.job.blocks[index])
+        rows = []
+        for groups in bounded(stages, self.statistics_bytes):
+            statistics = {group.leader: self.method.watch(group.columns, self.device) for group in groups}
+            watchers = {leader: kept.add for leader, kept in statistics.items()}
+            for start, stop in self.windows.slices():
+                call = self.windows.call(stop - start, self.dtype).blocks[index]
+                watch(self.skeleton.blocks[index][1], call, self.states.read(start, stop).to(self.device), watchers)
+            del watchers
+            for group in groups:
+                rows += self._group(index, group.linears, statistics.pop(group.leader))
+        for linear in never:
+            rows += self._group(index, [linear], self.method.watch(linear.shape[1], self.device))
+        return rows
+
+    def _group(self, index: int, linears: Sequence[Linear], statistics: Any) -> list[dict[str, Any]]:
+        weights = [read_linear(self.job.view, linear).to(self.device) for linear in linears]
+        solutions = self.method.solve(weights, statistics, [self.job.target_of(linear) for linear in linears])
+        del weights
+        rows = []
+        for linear, solution in zip(linears, solutions, strict=True):
+            for name, tensor in self.job.stored(linear, solution).items():
+                self.writer.put(name, tensor)
+            write_linear(self.skeleton, index, linear, solution.dense())
+            rows.append(self.job.row(linear, solution))
+        return rows
+
+    def _perplexity(self, states: Activations) -> float:
+        return perplexity(
+            token_losses(self.skeleton, self.probe, states, returns_tuple=self.job.returns_tuple, device=self.device)
+        )
+
+
+def prove_once(job: Job, writer: CheckpointWriter, probe: torch.Tensor) -> bool:
+    """Prove the replay on the first windows of ``probe`` unless the journal says it was; returns ``returns_tuple``.
+
+    The parts outside the blocks must be loaded.
+    """
+    if "proof" not in writer.steps:
+        tokens = probe[:2, :PROOF_TOKENS].to(job.device)
+        writer.done("proof", {"returns_tuple": prove(job.skeleton, job.view, tokens)})
+    return bool(writer.steps["proof"]["returns_tuple"])
+
+
+def prove_first(job: Job, writer: CheckpointWriter, probe: torch.Tensor) -> bool:
+    """:func:`prove_once` for an engine that does not need the parts outside the blocks itself."""
+    with shell(job.skeleton, job.view, job.device):
+        return prove_once(job, writer, probe)
+
+
+class Written:
+    """Dense weights as the staging folder has them so far, the input's elsewhere."""
+
+    def __init__(self, job: Job, writer: CheckpointWriter) -> None:
+        self.job, self.writer = job, writer
+
+    def read(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
+        linear = self.job.linears.get(name)
+        if linear is None:
+            return self.job.view.read(name, dtype)
+        if self.job.format is None or self.job.scheme is None:
+            return self.writer.read(name, dtype)
+        weight = self.job.format.load(self.writer, linear.base, self.job.scheme).dequantize()
+        weight = weight.T if linear.transposed else weight
+        return weight if dtype is None else weight.to(dtype)
+
+
+def bounded(stages: Sequence[Stage], limit: int) -> Iterator[list[Group]]:
+    """The groups of each stage, in several rounds where their statistics (4 in^2 bytes each) would exceed ``limit``."""
+    for stage in stages:
+        round_, held = [], 0
+        for group in stage.groups:
+            size = 4 * group.columns**2
+            if round_ and held + size > limit:
+                yield round_
+                round_, held = [], 0
+            round_.append(group)
+            held += size
+        yield round_
+
+
+def summary(rows: Sequence[dict[str, Any]]) -> str:
+    """A block in a few words: worst relative error, and fallbacks if any."""
+    worst = max(rows, key=lambda row: row.get("relative_error", 0.0), default=None)
+    if worst is None:
+        return "nothing to do"
+    text = f"worst output error {worst.get('relative_error', 0.0):.2%} ({worst['tensor'].removesuffix('.weight').split('.')[-1]})"
+    count = sum(1 for row in rows if row.get("fallbacks"))
+    return text + (f", {count} with fallbacks" if count else "")
+
+
+def hidden_size(job: Job) -> int:
+    """Width of the residual stream."""
+    config = job.skeleton.model.config.get_text_config()
+    return int(config.hidden_size)

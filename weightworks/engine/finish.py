@@ -1,0 +1,161 @@
+"""The end of every stage: configuration, sidecars, verification, provenance, model card, one rename."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import torch
+
+from weightworks.engine.job import Job, digest_of, fallbacks
+from weightworks.errors import VerificationError, WeightworksError
+from weightworks.report.card import model_card
+from weightworks.store.checkpoint import Checkpoint, file_digest
+from weightworks.store.dense import DenseView
+from weightworks.store.manifest import PROVENANCE
+from weightworks.store.sidecars import copy_sidecars
+from weightworks.store.writer import CheckpointWriter
+from weightworks.stream.activations import Activations
+from weightworks.stream.passes import Windows, perplexity, stream_losses
+from weightworks.stream.reload import needs_dequantize, stock_loader_missing, stock_losses
+
+TOLERANCE = 1e-3  # relative difference of perplexity between the saved folder and memory; float32 gives about 1e-6
+
+
+def copy_rest(job: Job, writer: CheckpointWriter) -> None:
+    """Every tensor the method does not change goes over byte for byte."""
+    if "copied" in writer.steps:
+        return
+    for name in job.checkpoint.tensors:
+        if name not in job.linears:
+            writer.copy_from(job.checkpoint, name)
+    writer.done("copied")
+
+
+def finish(
+    job: Job, writer: CheckpointWriter, identity: dict[str, Any], rows: list[dict[str, Any]], facts: dict[str, Any],
+    *, probe: torch.Tensor, in_memory: dict[str, Any], reload_blocks: int,
+) -> dict[str, Any]:
+    """Verify what was written and publish it; returns the provenance.
+
+    ``in_memory`` holds the perplexities of the run's own weights on ``probe``: ``result`` over all blocks (None if never
+    computed), ``partial`` over the first ``reload_blocks``. Raises :class:`VerificationError` with the staging folder's
+    name; the folder is left.
+    """
+    writer.write_index()
+    writer.write_text("config.json", json.dumps(output_config(job), indent=2) + "\n")
+    if job.format is not None and job.format.name.startswith("gptq"):
+        writer.write_text("quantize_config.json", json.dumps(quantization_config(job), indent=2) + "\n")
+    copied = copy_sidecars(job.checkpoint.root, writer.staging)
+    job.progress.say("verifying: reading everything back", detail=True)
+    files = writer.read_back()
+    try:
+        staged = Checkpoint.open(writer.staging)
+        checks = verify(job, staged, probe, in_memory, reload_blocks)
+    except VerificationError as error:
+        error.hint = f"the output is left in {writer.staging} for inspection; nothing was published"
+        raise
+    except WeightworksError as error:
+        raise VerificationError(f"the staged output cannot be opened again: {error}", hint=str(writer.staging)) from error
+    files |= {name: file_digest(writer.staging / name) for name in sorted(["config.json", *copied])}
+    degraded = fallbacks(rows)
+    provenance = {
+        "stage": digest_of(identity),
+        "identity": identity,
+        "source": {"name": job.checkpoint.source, "files": job.checkpoint.files, "made_by": _parent(job)},
+        "files": files,
+        "tensors": account(job),
+        **facts,
+        "checks": checks,
+        "fallbacks": degraded,
+        "report": rows,
+    }
+    writer.write_text(PROVENANCE, json.dumps(provenance, indent=1, ensure_ascii=False) + "\n")
+    writer.write_text("README.md", model_card(job.checkpoint, job.target.name, provenance, needs_dequantize(staged)))
+    writer.commit()
+    return provenance
+
+
+def verify(
+    job: Job, staged: Checkpoint, probe: torch.Tensor, in_memory: dict[str, Any], reload_blocks: int
+) -> dict[str, Any]:
+    """Account for all tensors, load the folder with stock transformers, compare perplexities; returns what was seen."""
+    view, expected = DenseView(staged), set(job.checkpoint.tensors)
+    if set(view.names) != expected:
+        lost, extra = sorted(expected - set(view.names)), sorted(set(view.names) - expected)
+        raise VerificationError(f"tensors do not add up: missing {lost[:5]}, unexpected {extra[:5]}")
+    count = len(job.skeleton.blocks)
+    memory = in_memory.get("partial")
+    if memory is None:
+        memory = stream_perplexity(job, view, probe, reload_blocks)
+    checks: dict[str, Any] = {"perplexity_in_memory": memory, "blocks_loaded": reload_blocks, "blocks": count}
+    missing = stock_loader_missing(staged)
+    if missing:
+        checks["loader"] = f"weightworks' own decoder (transformers would need {' and '.join(missing)}, not installed here)"
+        checks["perplexity_reloaded"] = stream_perplexity(job, view, probe, reload_blocks)
+    else:
+        checks["loader"] = "stock transformers" + (", dequantize=True" if needs_dequantize(staged) else "")
+        job.progress.say("verifying: loading the folder with stock transformers", detail=True)
+        losses = stock_losses(
+            staged, probe, blocks=None if reload_blocks == count else reload_blocks,
+            trust_remote_code=job.settings.trust_remote_code,
+        )
+        checks["perplexity_reloaded"] = perplexity(losses)
+    difference = abs(checks["perplexity_reloaded"] / memory - 1)
+    if not difference <= TOLERANCE:
+        raise VerificationError(
+            f"the saved folder has perplexity {checks['perplexity_reloaded']:.4f}, the run's own weights {memory:.4f} "
+            f"(they may differ by {TOLERANCE:.1%}, differ by {difference:.1%})"
+        )
+    return checks
+
+
+def stream_perplexity(job: Job, view: DenseView, probe: torch.Tensor, blocks: int | None = None) -> float:
+    """Perplexity of ``probe`` [n, seq] in float32, one block in memory at a time."""
+    hidden = int(job.skeleton.model.config.get_text_config().hidden_size)
+    states = Activations((*probe.shape, hidden), torch.float32, job.target, "unused")
+    losses = stream_losses(
+        job.skeleton, view, Windows(probe), states, returns_tuple=job.returns_tuple, device=job.device, blocks=blocks
+    )
+    return perplexity(losses)
+
+
+def account(job: Job) -> dict[str, Any]:
+    """What became of every input tensor: transformed or copied, with the reason a matrix was left as it is."""
+    copied = [name for name in job.checkpoint.tensors if name not in job.linears]
+    left = {name: job.kept.get(name, "unused by the model") for name in copied if name in job.kept or name in job.skeleton.unused}
+    return {
+        "input": len(job.checkpoint.tensors),
+        "transformed": len(job.linears),
+        "copied": len(copied),
+        "dropped": 0,
+        "left_as_they_are": left,
+    }
+
+
+def quantization_config(job: Job) -> dict[str, Any]:
+    """The ``quantization_config`` of the job's format."""
+    assert job.format is not None and job.scheme is not None
+    facts = {
+        "damp_percent": getattr(job.options, "damp_percent", None) or 0.01,
+        "static_groups": getattr(job.options, "act_order", "none") == "static",
+        "quantizer": f"weightworks:{job.label}",
+    }
+    return job.format.config(job.scheme, job.ignored_modules(), facts)
+
+
+def output_config(job: Job) -> dict[str, Any]:
+    """The source's configuration, with ``quantization_config`` exactly where weights are packed."""
+    config = {key: value for key, value in job.checkpoint.config.items() if key not in ("quantization_config", "sparsity_config")}
+    if job.format is not None:
+        config["quantization_config"] = quantization_config(job)
+    return config
+
+
+def _parent(job: Job) -> dict[str, Any] | None:
+    """The stage that made the source, if it bears a provenance."""
+    path = job.checkpoint.root / PROVENANCE
+    if not path.is_file():
+        return None
+    parent = json.loads(path.read_text(encoding="utf-8"))
+    return {key: parent.get(key) for key in ("stage", "identity", "source")}

@@ -1,0 +1,217 @@
+"""One stage about to run: checkpoint, method, the weights it will change, and the exact layout of its output.
+
+Everything that can be refused is refused here, from headers and structure alone, all offending tensors at once.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+import json
+import platform
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import weightworks
+from weightworks.errors import MethodError
+from weightworks.report.progress import Progress
+from weightworks.stage.protocols import Solution, Target
+from weightworks.stage.settings import Settings
+from weightworks.store.checkpoint import Checkpoint
+from weightworks.store.dense import DenseView
+from weightworks.store.formats import Format, find_format
+from weightworks.store.packing import IntScheme, Quantized
+from weightworks.store.tensorfile import TensorSpec
+from weightworks.store.writer import planned_bytes
+from weightworks.stream.linears import Linear, block_linears
+from weightworks.stream.skeleton import Skeleton, build
+
+NUMERIC = ("torch", "numpy", "scipy", "transformers", "safetensors")  # versions that may change a bit of the output
+
+
+@dataclass
+class Job:
+    """A method applied to a checkpoint, planned but not run. ``label`` is ``quantize.gptq``; ``target`` the output."""
+
+    label: str
+    version: int
+    method: Any
+    settings: Settings
+    checkpoint: Checkpoint
+    target: Path
+    progress: Progress
+    device: torch.device
+    skeleton: Skeleton = field(init=False)
+    blocks: list[list[Linear]] = field(init=False)
+    kept: dict[str, str] = field(init=False, default_factory=dict)  # matrices inside blocks left as they are, and why
+    returns_tuple: bool = field(init=False, default=False)  # whether blocks return tuples, once the replay is proven
+
+    def __post_init__(self) -> None:
+        self.view = DenseView(self.checkpoint)
+        if self.view.format is not None:
+            raise MethodError(
+                f"{self.checkpoint.root}: is already quantized ({self.view.format.name}, {self.view.scheme.bits} bits)",
+                hint="start from the dense checkpoint it was made from",
+            )
+        self.skeleton = build(self.checkpoint, self.view.names, trust_remote_code=self.settings.trust_remote_code)
+        dtypes = {name: info.dtype for name, info in self.checkpoint.tensors.items()}
+        self.blocks = []
+        for index in range(len(self.skeleton.blocks)):
+            linears, others = block_linears(self.skeleton, index, dtypes)
+            self.kept.update((name, "not a plain linear layer") for name in others)
+            self.kept.update((linear.tensor, "ignored") for linear in linears if self._ignored(linear))
+            self.blocks.append([linear for linear in linears if not self._ignored(linear)])
+        self._check()
+
+    @property
+    def options(self) -> Any:
+        return self.method.options
+
+    @cached_property
+    def linears(self) -> dict[str, Linear]:
+        """All weights to be changed, by checkpoint name."""
+        return {linear.tensor: linear for block in self.blocks for linear in block}
+
+    @property
+    def scheme(self) -> IntScheme | None:
+        return self.method.scheme()
+
+    @cached_property
+    def format(self) -> Format | None:
+        """The container of quantized weights; None when dense weights are written."""
+        name = getattr(self.options, "format", "dense")
+        return None if self.scheme is None or name == "dense" else find_format(name)
+
+    def _ignored(self, linear: Linear) -> bool:
+        names = {linear.base, linear.module}
+        return any(matches(pattern, name) for pattern in getattr(self.options, "ignore", ()) for name in names)
+
+    def _check(self) -> None:
+        """Every weight must fit the scheme and the container; all that do not are named."""
+        if not self.linears:
+            raise MethodError(
+                f"{self.checkpoint.root}: nothing to do: no linear layer is left after --ignore",
+                hint=f"ignored: {', '.join(getattr(self.options, 'ignore', ()))}",
+            )
+        scheme, problems = self.scheme, {}
+        for linear in self.linears.values():
+            if scheme is None:
+                break
+            if scheme.group_size != -1 and linear.shape[1] % scheme.group_size:
+                problems[linear.tensor] = f"width {linear.shape[1]} is not divisible by the group size {scheme.group_size}"
+            elif self.format and (reason := self.format.refusal(scheme, linear.shape, transposed=linear.transposed)):
+                problems[linear.tensor] = reason
+        if scheme is not None and scheme.reordered and self.format is None:
+            pass  # dense output needs no index
+        if problems:
+            lines = "\n".join(f"  {name}: {reason}" for name, reason in problems.items())
+            widths = sorted({linear.shape[1] for linear in self.linears.values()})
+            raise MethodError(
+                f"{self.label} cannot quantize {len(problems)} of {len(self.linears)} tensors as asked:\n{lines}",
+                hint=f"widths here: {widths}; choose a --group-size that divides them, -1 for per channel, or --ignore them",
+            )
+
+    @cached_property
+    def specs(self) -> list[TensorSpec]:
+        """Every tensor of the output, in the order of the input."""
+        specs = []
+        for spec in self.checkpoint.specs:
+            linear = self.linears.get(spec.name)
+            if linear is None or self.format is None or self.scheme is None:
+                specs.append(spec)
+            else:
+                specs += self.format.specs(linear.base, linear.shape, self.scheme, spec.dtype)
+        return specs
+
+    @cached_property
+    def weight_bytes(self) -> int:
+        """Bytes of the weight files to be written: exact."""
+        return planned_bytes(self.specs, self.settings.shard_bytes)
+
+    def target_of(self, linear: Linear) -> Target:
+        """What the method must know of a weight's destination."""
+        if self.format is None:
+            return Target(linear.tensor, torch.float32)
+        first_version = self.format.name == "gptq"  # it stores zero - 1, so 0 cannot be held
+        return Target(linear.tensor, self.format.scale_dtype(linear.dtype), 1 if first_version else 0)
+
+    def stored(self, linear: Linear, solution: Solution) -> dict[str, torch.Tensor]:
+        """The tensors that will stand for a solved weight."""
+        if self.format is not None:
+            assert isinstance(solution.weight, Quantized)
+            return self.format.tensors(linear.base, solution.weight)
+        dense = solution.dense().to(linear.dtype)
+        return {linear.tensor: dense.T.contiguous() if linear.transposed else dense}
+
+    def row(self, linear: Linear, solution: Solution) -> dict[str, Any]:
+        """The report's line on one weight."""
+        row: dict[str, Any] = {"tensor": linear.tensor, "shape": list(linear.shape), "method": self.label}
+        if isinstance(solution.weight, Quantized):
+            row["bits"] = solution.weight.scheme.bits
+        names = [spec for spec in self.specs_of(linear)]
+        row["bytes_in"] = linear.shape[0] * linear.shape[1] * linear.dtype.itemsize
+        row["bytes_out"] = sum(spec.nbytes for spec in names)
+        row.update(solution.facts)
+        if solution.fallbacks:
+            row["fallbacks"] = list(solution.fallbacks)
+        return row
+
+    def specs_of(self, linear: Linear) -> list[TensorSpec]:
+        if self.format is None or self.scheme is None:
+            return [TensorSpec(linear.tensor, linear.shape, linear.dtype)]
+        return self.format.specs(linear.base, linear.shape, self.scheme, linear.dtype)
+
+    def ignored_modules(self) -> list[str]:
+        """Names of linear layers that stay as they are, as loaders must be told (model's and checkpoint's spelling)."""
+        changed = {linear.module for linear in self.linears.values()}
+        names = {
+            name
+            for name, module in self.skeleton.model.named_modules()
+            if isinstance(module, torch.nn.Linear) and name not in changed
+        }
+        names.update(name.removesuffix(".weight") for name in self.kept)
+        return sorted(names)
+
+    def identity(self, **facts: Any) -> dict[str, Any]:
+        """What the output's bytes depend on; two runs of equal identity make equal bytes."""
+        from importlib.metadata import version
+
+        return {
+            "method": self.label,
+            "method_version": self.version,
+            "weightworks": weightworks.__version__,
+            "options": self.options.resolved(),
+            "input": self.checkpoint.digest,
+            "max_shard_size": self.settings.shard_bytes,
+            "seed": self.settings.seed,
+            "environment": {
+                **{name: version(name) for name in NUMERIC},
+                "machine": platform.machine(),
+                "threads": torch.get_num_threads(),
+                "device": str(self.device),
+            },
+            **facts,
+        }
+
+
+def digest_of(identity: dict[str, Any]) -> str:
+    """sha256 of an identity."""
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Whether an ``--ignore`` pattern (a glob, or a regular expression after ``re:``) means ``name`` or an ancestor."""
+    if pattern.startswith("re:"):
+        return re.match(pattern[3:], name) is not None
+    return fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name, pattern + ".*")
+
+
+def fallbacks(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """One line a tensor on which the method could not be applied as asked."""
+    return [f"{row['tensor']}: {text}" for row in rows for text in row.get("fallbacks", ())]

@@ -1,0 +1,108 @@
+"""What this machine can do: product speed by dtype, measured once and remembered, and free memory."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import time
+from pathlib import Path
+
+import psutil
+import torch
+
+WORTH = 1.5  # how much faster a 16-bit product must be than float32 to be used: noise must not decide
+
+
+def cache_folder() -> Path:
+    """Where small facts are remembered between runs."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "weightworks"
+
+
+def speeds() -> dict[str, float]:
+    """Operations a second (2 m n k a product) of a matrix product in float32, bfloat16 and float16 on the CPU."""
+    key = f"{_processor()} x{torch.get_num_threads()} torch {torch.__version__}"
+    path = cache_folder() / "machine.json"
+    try:
+        known = json.loads(path.read_text())
+    except (OSError, ValueError):
+        known = {}
+    if key not in known:
+        known[key] = {name: _measure(getattr(torch, name)) for name in ("float32", "bfloat16", "float16")}
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary = path.with_suffix(f".{os.getpid()}")
+            temporary.write_text(json.dumps(known, indent=1))
+            temporary.replace(path)
+        except OSError:
+            pass  # a read-only home costs a second of measuring each run, nothing else
+    return known[key]
+
+
+def compute_dtype(wanted: str, stored: torch.dtype, device: torch.device) -> torch.dtype:
+    """The dtype of calibration passes: as told, or float32 unless the checkpoint's own is much faster here."""
+    if wanted != "auto":
+        return getattr(torch, wanted)
+    if stored not in (torch.bfloat16, torch.float16):
+        return torch.float32
+    if device.type != "cpu":
+        return stored
+    measured = speeds()
+    return stored if measured[str(stored).removeprefix("torch.")] > WORTH * measured["float32"] else torch.float32
+
+
+def pick_device(wanted: str) -> torch.device:
+    """The device of ``--device``; auto takes a GPU if there is one."""
+    if wanted == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(wanted)
+
+
+def free_memory() -> int:
+    """Bytes this process may still take: the least of free memory and the control group's limit."""
+    free = psutil.virtual_memory().available
+    for limit, used in (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")):
+        try:
+            group = _control_group() if "/" not in limit else Path("/sys/fs/cgroup")
+            bound = int((group / limit).read_text())
+            free = min(free, max(0, bound - int((group / used).read_text())))
+        except (OSError, ValueError):
+            continue
+    return free
+
+
+def resident() -> int:
+    """Bytes of memory this process holds."""
+    return psutil.Process().memory_info().rss
+
+
+def _control_group() -> Path:
+    for line in Path("/proc/self/cgroup").read_text().splitlines():
+        if line.startswith("0::"):
+            return Path("/sys/fs/cgroup") / line[3:].strip().lstrip("/")
+    raise OSError("no unified control group")
+
+
+def _measure(dtype: torch.dtype) -> float:
+    x, w = torch.randn(512, 1024).to(dtype), torch.randn(1024, 1024).to(dtype)
+    torch.nn.functional.linear(x[:64], w)
+    best = 0.0
+    for _ in range(3):
+        start = time.perf_counter()
+        torch.nn.functional.linear(x, w)
+        best = max(best, 2 * x.shape[0] * w.numel() / (time.perf_counter() - start))
+    return best
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip() + (" +bf16" if "avx512_bf16" in _flags() else "")
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _flags() -> str:
+    return next((line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags")), "")

@@ -1,0 +1,222 @@
+"""One stage from request to published folder: a graph of a single node."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from weightworks.engine.blockwise import Blockwise, Written, prove_first
+from weightworks.engine.estimate import Estimate, estimate, refuse
+from weightworks.engine.finish import copy_rest, finish, stream_perplexity
+from weightworks.engine.job import Job, digest_of
+from weightworks.engine.machine import compute_dtype, pick_device
+from weightworks.engine.tensorwise import run_tensorwise
+from weightworks.errors import CalibrationError, OutputError
+from weightworks.report.progress import Progress
+from weightworks.stage import catalog
+from weightworks.stage.settings import Settings
+from weightworks.store.checkpoint import Checkpoint
+from weightworks.store.manifest import changed_files, read_provenance
+from weightworks.store.writer import CheckpointWriter, check_target
+from weightworks.stream.builtin import verification_text
+from weightworks.stream.calibration import Calibration, encode_all, load_tokenizer, load_windows
+
+PROBE_WINDOWS, PROBE_LENGTH = 4, 256  # the check text: enough to tell a broken folder from a sound one
+
+
+@dataclass
+class Outcome:
+    """What a stage did. ``cached`` says that an identical, intact output was already there; ``provenance`` is None after
+    a dry run; ``seconds`` and ``peak_bytes`` are this run's own."""
+
+    target: Path
+    estimate: Estimate | None
+    provenance: dict[str, Any] | None
+    cached: bool = False
+    seconds: float = 0.0
+
+    @property
+    def fallbacks(self) -> list[str]:
+        return [] if self.provenance is None else list(self.provenance["fallbacks"])
+
+
+def run_stage(
+    kind: str,
+    name: str,
+    model: str,
+    options: dict[str, Any],
+    settings: Settings,
+    *,
+    output_dir: Path | None = None,
+    dry_run: bool = False,
+    progress: Progress | None = None,
+    announce: Callable[[dict[str, Any]], None] = lambda resolved: None,
+) -> Outcome:
+    """Run method ``kind.name`` on ``model``. ``announce`` is given the resolved configuration before work starts."""
+    started = time.monotonic()
+    progress = progress or Progress(quiet=True)
+    entry = catalog.find(kind, name)
+    module = entry.load()
+    method = module.Method(module.Options.parse(options, where=entry.label))
+    checkpoint = Checkpoint.open(model, allow_pickle=settings.allow_pickle)
+    target = (output_dir or default_target(checkpoint, name, method.options)).absolute()
+    if target.exists() and (not target.is_dir() or read_provenance(target) is None):
+        check_target(target, overwrite=settings.overwrite)
+    job = Job(entry.label, module.VERSION, method, settings, checkpoint, target, progress, pick_device(settings.device))
+    calibration = calibrate(job) if hasattr(method, "watch") else None
+    probe = check_windows(job)
+    dtype = compute_dtype(settings.dtype, stored_dtype(checkpoint), job.device) if calibration else torch.float32
+    data = {} if calibration is None else {"calibration": calibration.digest, "dtype": str(dtype)}
+    identity = job.identity(**data)
+    announce(resolved(job, calibration, dtype))
+    if (done := finished(target, identity)) is not None and not settings.overwrite:
+        return Outcome(target, None, done, cached=True, seconds=time.monotonic() - started)
+    if not dry_run:
+        check_target(target, overwrite=settings.overwrite)
+    costs = estimate(job, tokens=None if calibration is None else tuple(calibration.tokens.shape), probe=tuple(probe.shape), dtype=dtype)
+    if dry_run:
+        return Outcome(target, costs, None, seconds=time.monotonic() - started)
+    refuse(costs, target)
+    provenance = execute(job, identity, calibration, probe, dtype, costs)
+    return Outcome(target, costs, provenance, seconds=time.monotonic() - started)
+
+
+def execute(
+    job: Job, identity: dict[str, Any], calibration: Calibration | None, probe: torch.Tensor, dtype: torch.dtype, costs: Estimate
+) -> dict[str, Any]:
+    """Do the work, verify and publish; a failure or interruption leaves the staging folder for the next run."""
+    settings = job.settings
+    writer = CheckpointWriter(
+        job.target, job.specs, {**identity, "staged": costs.reload_blocks}, max_shard_bytes=settings.shard_bytes,
+        overwrite=settings.overwrite, resume=settings.resume,
+    )
+    job.progress.log_to(log_path(job.target))
+    try:
+        if calibration is not None:
+            results = Blockwise(
+                job, writer, calibration, probe, dtype, on_disk=costs.on_disk,
+                statistics_bytes=costs.statistics_bytes, reload_blocks=costs.reload_blocks,
+            ).run()
+            copy_rest(job, writer)
+        else:
+            job.returns_tuple = prove_first(job, writer, probe)
+            results = {"rows": run_tensorwise(job, writer), "dense": stream_perplexity(job, job.view, probe)}
+            copy_rest(job, writer)
+            written = Written(job, writer)
+            results["result"] = stream_perplexity(job, written, probe)
+            results["partial"] = stream_perplexity(job, written, probe, costs.reload_blocks)
+        facts: dict[str, Any] = {"size": sizes(job), "quality": {key: results[key] for key in ("dense", "result")}}
+        if calibration is not None:
+            facts["calibration"] = calibration.facts()
+        return finish(
+            job, writer, identity, results["rows"], facts, probe=probe, in_memory=results, reload_blocks=costs.reload_blocks
+        )
+    finally:
+        writer.close()
+
+
+def calibrate(job: Job) -> Calibration:
+    """The job's calibration windows, as its settings ask for them."""
+    settings = job.settings
+    length = min(settings.seq_len, context_length(job))
+    if settings.dataset == "self":
+        from weightworks.stream.selfwritten import write_windows
+
+        return write_windows(job.checkpoint, settings.num_samples, length, settings.seed, settings.trust_remote_code)
+    return load_windows(
+        settings.dataset,
+        job.checkpoint.root,
+        num_samples=settings.num_samples,
+        seq_len=length,
+        seed=settings.seed,
+        trust_remote_code=settings.trust_remote_code,
+    )
+
+
+def check_windows(job: Job) -> torch.Tensor:
+    """Windows int64 [n, seq] of the built-in check text; seeded random tokens where there is no tokenizer."""
+    length = min(PROBE_LENGTH, context_length(job))
+    try:
+        tokenizer = load_tokenizer(job.checkpoint.root, trust_remote_code=job.settings.trust_remote_code)
+    except CalibrationError:
+        vocabulary = job.skeleton.model.config.get_text_config().vocab_size
+        generator = torch.Generator().manual_seed(0)
+        return torch.randint(vocabulary, (PROBE_WINDOWS, length), generator=generator)
+    tokens = encode_all(tokenizer, [verification_text()])
+    length = min(length, tokens.numel() // 2)
+    return tokens[: tokens.numel() // length * length].view(-1, length)[:PROBE_WINDOWS]
+
+
+def context_length(job: Job) -> int:
+    """Tokens the model can take, by its configuration."""
+    config = job.skeleton.model.config.get_text_config()
+    return int(getattr(config, "max_position_embeddings", None) or 1 << 20)
+
+
+def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
+    """The dtype most of the checkpoint's bytes have."""
+    amounts: dict[torch.dtype, int] = {}
+    for info in checkpoint.tensors.values():
+        amounts[info.dtype] = amounts.get(info.dtype, 0) + info.nbytes
+    return max(amounts, key=lambda dtype: amounts[dtype])
+
+
+def default_target(checkpoint: Checkpoint, method: str, options: Any) -> Path:
+    """The model's name plus what was done, in the current folder: ``tiny-llama-gptq-w4g128``."""
+    name = checkpoint.source.split("@")[0].rstrip("/").split("/")[-1]
+    name = checkpoint.root.resolve().name if name in ("", ".", "..") else name
+    if (bits := getattr(options, "bits", None)) is None:
+        return Path(f"{name}-{method}")
+    group = "" if options.group_size == -1 else f"g{options.group_size}"
+    return Path(f"{name}-{method}-w{bits}{group}{'' if options.sym else '-asym'}")
+
+
+def log_path(target: Path) -> Path:
+    """The log beside the output."""
+    return target.with_name(target.name + ".run.log")
+
+
+def finished(target: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
+    """The provenance at ``target`` if it bears this identity and every file is intact."""
+    provenance = read_provenance(target) if target.is_dir() else None
+    if provenance is None or provenance.get("stage") != digest_of(identity):
+        return None
+    if problems := changed_files(target, provenance):
+        raise OutputError(
+            f"{target}: was made by this very command but has changed since: {'; '.join(problems)}",
+            hint="pass --overwrite to make it again",
+        )
+    return provenance
+
+
+def resolved(job: Job, calibration: Calibration | None, dtype: torch.dtype) -> dict[str, Any]:
+    """The configuration as it will run, defaults included."""
+    facts: dict[str, Any] = {"method": job.label, "model": str(job.checkpoint.root), "output": str(job.target)}
+    facts.update(job.options.resolved())
+    if calibration is not None:
+        windows, length = calibration.tokens.shape
+        facts["calibration"] = f"{windows} windows of {length} tokens from {calibration.source}"
+        if windows < calibration.requested:
+            facts["calibration"] += f" (asked for {calibration.requested}, the text has no more)"
+        facts["dtype"] = str(dtype).removeprefix("torch.")
+    facts.update(seed=job.settings.seed, device=str(job.device))
+    return facts
+
+
+def sizes(job: Job) -> dict[str, Any]:
+    """Bytes before and after, and true bits a weight of the quantized layers (packed codes, scales, zero points)."""
+    weights = sum(linear.shape[0] * linear.shape[1] for linear in job.linears.values())
+    changed = sum(spec.nbytes for linear in job.linears.values() for spec in job.specs_of(linear))
+    return {
+        "bytes_in": job.checkpoint.nbytes,
+        "bytes_out": sum(spec.nbytes for spec in job.specs),
+        "quantized_weights": weights,
+        "bits_a_weight": 8 * changed / weights,
+        "ratio": job.checkpoint.nbytes / sum(spec.nbytes for spec in job.specs),
+    }
+

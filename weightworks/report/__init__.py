@@ -1,0 +1,1 @@
+"""What a run tells people: rows, the model card."""

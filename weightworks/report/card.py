@@ -1,0 +1,121 @@
+"""The model card: what the checkpoint is, how it was made, what it costs in quality, how to load it."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from weightworks.store.checkpoint import Checkpoint
+
+TEMPLATE = """---
+{front}
+---
+
+# {name}
+
+{sentence} Made with [weightworks]; every figure below and the digests of all files are in `provenance.json`.
+
+| | |
+|---|---|
+{facts}
+
+## Loading
+
+```python
+{snippet}
+```
+
+## How it was made
+
+```
+{command}
+```
+
+{fallbacks}"""
+
+
+def model_card(source: Checkpoint, name: str, provenance: dict[str, Any], dequantize: bool) -> str:
+    """The card of an output folder called ``name``."""
+    identity, options = provenance["identity"], provenance["identity"]["options"]
+    bits, group = options.get("bits"), options.get("group_size")
+    method = identity["method"].split(".")[-1]
+    group_text = "one scale a row" if group == -1 else f"groups of {group}"
+    sentence = f"`{source_name(source)}` quantized to {bits} bits ({method}, {group_text})."
+    quality = provenance.get("quality", {})
+    size = provenance["size"]
+    rows = [
+        ("weights on disk", f"{size['bytes_out']:,} bytes, {size['bytes_in'] / size['bytes_out']:.2f}x smaller"),
+        ("bits a weight", f"{size['bits_a_weight']:.3f} in quantized layers, scales included"),
+    ]
+    if quality:
+        rows.append(
+            ("perplexity on the built-in check text", f"{quality['dense']:.3f} before, {quality['result']:.3f} after")
+        )
+    if provenance.get("calibration"):
+        facts = provenance["calibration"]
+        rows.append(("calibration", f"{facts['source']}, {facts['windows']} windows of {facts['seq_len']} tokens"))
+    rows.append(("checked with", provenance["checks"]["loader"]))
+    rows.append(("format", str(options.get("format"))))
+    degraded = provenance["fallbacks"]
+    listed = "\n".join(f"- {line}" for line in degraded)
+    return TEMPLATE.format(
+        front=front_matter(source, bits),
+        name=name,
+        sentence=sentence,
+        facts="\n".join(f"| {key} | {value} |" for key, value in rows),
+        snippet=snippet(name, dequantize),
+        command=command(identity, source),
+        fallbacks=f"## Fallbacks\n\nOn these tensors the method could not be applied as asked:\n\n{listed}\n" if degraded else "",
+    ).rstrip() + "\n"
+
+
+def source_name(source: Checkpoint) -> str:
+    """The source as people know it: a hub id, or the folder's name."""
+    return source.source if not Path(source.source).exists() else source.root.resolve().name
+
+
+def front_matter(source: Checkpoint, bits: int | None) -> str:
+    lines = [f"base_model: {source_name(source)}", "library_name: transformers", "tags:", "- weightworks"]
+    if bits is not None:
+        lines += ["- quantized", f"- {bits}-bit"]
+    license_ = source_license(source.root)
+    return "\n".join(lines + ([f"license: {license_}"] if license_ else []))
+
+
+def source_license(root: Path) -> str | None:
+    """The licence the source's own card declares."""
+    path = root / "README.md"
+    if not path.is_file():
+        return None
+    front = re.match(r"---\n(.*?)\n---", path.read_text(encoding="utf-8", errors="replace"), re.DOTALL)
+    found = re.search(r"^license:\s*(\S+)\s*$", front.group(1), re.MULTILINE) if front else None
+    return found.group(1) if found else None
+
+
+def snippet(name: str, dequantize: bool) -> str:
+    """Python lines that load the folder with transformers."""
+    if dequantize:
+        return (
+            "from transformers import AutoModelForCausalLM, CompressedTensorsConfig\n\n"
+            f'model = AutoModelForCausalLM.from_pretrained("{name}", '
+            "quantization_config=CompressedTensorsConfig(dequantize=True))"
+        )
+    return f'from transformers import AutoModelForCausalLM\n\nmodel = AutoModelForCausalLM.from_pretrained("{name}")'
+
+
+def command(identity: dict[str, Any], source: Checkpoint) -> str:
+    """The command line that makes the folder again, every option spelled out."""
+    stage, method = identity["method"].split(".")
+    words = [f"compress {stage} {source_name(source)} --method {method}"]
+    for key, value in {**identity["options"], **identity.get("data", {}), "seed": identity["seed"]}.items():
+        if value is None:
+            continue
+        flag = "--" + key.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(flag if value else "--asym" if key == "sym" else "--no-" + flag[2:])
+        elif isinstance(value, list):
+            words += [f"{flag} '{item}'" for item in value]
+        else:
+            words.append(f"{flag} {value}")
+    return " ".join(words)

@@ -1,0 +1,80 @@
+"""The shapes of work a method can have, and what passes between a method and its engine.
+
+A method module defines ``Options``, ``PAPER``, ``VERSION`` and a class ``Method`` of one of these shapes; the engine
+does the reading, logging and saving. Protocols, not base classes: nothing is inherited.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+
+from weightworks.options import Options
+from weightworks.store.packing import IntScheme, Quantized
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What a method must know of the place its result is stored in.
+
+    ``name`` is the checkpoint tensor; ``scale_dtype`` the dtype scales are stored in; ``min_zero`` the smallest zero
+    point the container can hold.
+    """
+
+    name: str
+    scale_dtype: torch.dtype
+    min_zero: int = 0
+
+
+@dataclass
+class Solution:
+    """A method's answer for one weight: the new weight, figures for the report, and what fell short.
+
+    ``weight`` is quantized, or a dense float32 [out, in]. ``facts`` are figures by name. ``fallbacks`` say in words where
+    the method could not be applied as asked: they reach the report, the model card, and ``--strict``.
+    """
+
+    weight: Quantized | torch.Tensor
+    facts: dict[str, Any] = field(default_factory=dict)
+    fallbacks: list[str] = field(default_factory=list)
+
+    def dense(self) -> torch.Tensor:
+        """The weight in float32 [out, in]."""
+        return self.weight.dequantize() if isinstance(self.weight, Quantized) else self.weight
+
+
+class Statistics(Protocol):
+    """What a blockwise method keeps of the inputs of a group of linears."""
+
+    def add(self, inputs: torch.Tensor) -> None:
+        """Take in a batch of inputs [tokens, in]."""
+
+
+class Blockwise(Protocol):
+    """A method that looks at the inputs of each linear of a block, then replaces its weight."""
+
+    options: Options
+
+    def scheme(self) -> IntScheme | None:
+        """How results are quantized; None if they are dense."""
+
+    def watch(self, columns: int, device: torch.device) -> Statistics:
+        """Fresh statistics for a group of linears with ``columns`` inputs."""
+
+    def solve(self, weights: Sequence[torch.Tensor], statistics: Any, targets: Sequence[Target]) -> list[Solution]:
+        """New weights for float32 ``weights`` [out, in] that read the same input; both arguments may be used up."""
+
+
+class Tensorwise(Protocol):
+    """A method that needs nothing but the weight itself."""
+
+    options: Options
+
+    def scheme(self) -> IntScheme | None:
+        """How results are quantized; None if they are dense."""
+
+    def apply(self, weight: torch.Tensor, target: Target) -> Solution:
+        """The new weight for float32 ``weight`` [out, in]."""

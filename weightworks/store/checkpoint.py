@@ -1,0 +1,233 @@
+"""A checkpoint on disk, opened by headers alone; tensors are read when asked for, whole or by rows."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import pickle
+import re
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from weightworks.errors import CheckpointError, nearest
+from weightworks.store.tensorfile import TensorInfo, TensorSpec, read_bytes, read_header
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+PICKLE_INDEX = "pytorch_model.bin.index.json"
+HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+(@[\w./-]+)?")  # "./x" and "../x" are folders
+HUB_PATTERNS = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.py", "LICENSE*", "README.md"]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A Hugging Face checkpoint folder: its configuration and the place of every tensor.
+
+    ``source`` is what the user typed; ``root`` the folder it resolved to.
+    """
+
+    root: Path
+    source: str
+    config: Mapping[str, Any]
+    tensors: Mapping[str, TensorInfo]
+    _pickles: Mapping[str, Mapping[str, torch.Tensor]] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def open(cls, source: str | Path, *, allow_pickle: bool = False) -> Checkpoint:
+        """Open a local folder, or a hub id ``org/name[@revision]``; only headers are read.
+
+        Raises :class:`CheckpointError` naming the file at fault: missing or empty folder, no ``config.json``, missing,
+        truncated or corrupt shard, or pickled weights without ``allow_pickle``.
+        """
+        root = resolve(str(source), allow_pickle=allow_pickle)
+        config = _read_json(root / "config.json") if (root / "config.json").is_file() else None
+        if config is None:
+            raise CheckpointError(
+                f"{root}: no config.json; a checkpoint folder holds config.json and *.safetensors",
+                hint="give the folder that `save_pretrained` wrote",
+            )
+        shards = _shards(root)
+        if shards:
+            tensors: dict[str, TensorInfo] = {}
+            for shard in shards:
+                for name, info in read_header(root / shard).items():
+                    if name in tensors:
+                        raise CheckpointError(f"{root}: tensor '{name}' is in both {tensors[name].shard} and {shard}")
+                    tensors[name] = info
+            _check_index(root, tensors)
+            return cls(root, str(source), config, tensors)
+        return cls._open_pickles(root, str(source), config, allow_pickle)
+
+    @classmethod
+    def _open_pickles(cls, root: Path, source: str, config: Mapping[str, Any], allow: bool) -> Checkpoint:
+        files = sorted(path.name for path in root.glob("*.bin") if path.name.startswith("pytorch_model"))
+        if not files:
+            raise CheckpointError(f"{root}: no weights: neither {SINGLE} nor {INDEX}", hint="download the weights too")
+        if not allow:
+            raise CheckpointError(
+                f"{root}: weights are pickled ({files[0]}), and a pickle can run code",
+                hint="convert them to safetensors, or pass --allow-pickle if you trust the source",
+            )
+        if (root / PICKLE_INDEX).is_file():
+            files = _indexed(root, PICKLE_INDEX)
+        tensors, loaded = {}, {}
+        for file in files:
+            loaded[file] = state = _read_pickle(root / file)
+            for name, tensor in state.items():
+                nbytes = tensor.numel() * tensor.element_size()
+                tensors[name] = TensorInfo(name, tuple(tensor.shape), tensor.dtype, nbytes, file, 0)
+        return cls(root, source, config, tensors, loaded)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(info.nbytes for info in self.tensors.values())
+
+    @property
+    def specs(self) -> list[TensorSpec]:
+        """All tensors as they would be written again, in file order."""
+        return [TensorSpec(info.name, info.shape, info.dtype) for info in self.tensors.values()]
+
+    def info(self, name: str) -> TensorInfo:
+        """Place of tensor ``name``; an unknown name is an error that suggests the nearest."""
+        try:
+            return self.tensors[name]
+        except KeyError:
+            raise CheckpointError(f"{self.root}: no tensor '{name}' ({nearest(name, self.tensors)})") from None
+
+    def read(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """The whole tensor in its own dtype, or cast to ``dtype``."""
+        info = self.info(name)
+        return self._read(info, info.shape, 0, dtype)
+
+    def read_rows(self, name: str, start: int, stop: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """Rows ``start:stop`` of the first axis."""
+        info = self.info(name)
+        if not 0 <= start <= stop <= info.shape[0]:  # the bytes beyond are another tensor's
+            raise IndexError(f"tensor '{name}' has {info.shape[0]} rows, asked for {start}:{stop}")
+        row_bytes = info.nbytes // max(info.shape[0], 1)
+        return self._read(info, (stop - start, *info.shape[1:]), start * row_bytes, dtype)
+
+    def _read(self, info: TensorInfo, shape: tuple[int, ...], skip: int, dtype: torch.dtype | None) -> torch.Tensor:
+        if info.shard in self._pickles:
+            flat = self._pickles[info.shard][info.name].reshape(-1)
+            start = skip // info.dtype.itemsize
+            tensor = flat[start : start + math.prod(shape)].reshape(shape).clone()
+        else:
+            empty = torch.empty(shape, dtype=info.dtype)
+            tensor = read_bytes(self.root / info.shard, info.offset + skip, empty)
+        return tensor if dtype is None else tensor.to(dtype)
+
+    @cached_property
+    def files(self) -> dict[str, str]:
+        """sha256 of config and weight files, by file name: what "the same input" means."""
+        names = ["config.json", *sorted({info.shard for info in self.tensors.values()})]
+        if (self.root / INDEX).is_file():
+            names.append(INDEX)
+        return {name: file_digest(self.root / name) for name in names}
+
+    @cached_property
+    def digest(self) -> str:
+        """sha256 over the names and contents of ``files``."""
+        return hashlib.sha256(json.dumps(self.files, sort_keys=True).encode()).hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """sha256 of a file's bytes, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def resolve(source: str, *, allow_pickle: bool = False) -> Path:
+    """The local folder of ``source``: a folder as it is, a hub id from the hub's cache or the hub."""
+    path = Path(source).expanduser()
+    if path.is_dir():
+        if not any(path.iterdir()):
+            raise CheckpointError(f"{path}: the folder is empty; a checkpoint holds config.json and *.safetensors")
+        return path
+    if path.is_file():
+        raise CheckpointError(f"{path}: is a file; give the checkpoint folder that holds it")
+    if not HUB_ID.fullmatch(source):
+        raise CheckpointError(
+            f"{source}: no such folder", hint="give a local folder, or org/name[@revision] on the hub"
+        )
+    return _download(source, allow_pickle)
+
+
+def _download(source: str, allow_pickle: bool) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    name, _, revision = source.partition("@")
+    patterns = [*HUB_PATTERNS, "*.bin"] if allow_pickle else HUB_PATTERNS
+    try:
+        return Path(snapshot_download(name, revision=revision or None, allow_patterns=patterns))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise CheckpointError(
+            f"{source}: no such folder, and the hub did not give it ({type(error).__name__}: {reason})",
+            hint="check the path or id; offline, download the model into the hub's cache first",
+        ) from None
+
+
+def _shards(root: Path) -> list[str]:
+    """Weight files in reading order: those of the index, the single file, or every safetensors file there is."""
+    if (root / INDEX).is_file():
+        return _indexed(root, INDEX)
+    return [SINGLE] if (root / SINGLE).is_file() else []
+
+
+def _indexed(root: Path, index: str) -> list[str]:
+    """The files that an index names; every one must be there."""
+    mapped = _read_json(root / index).get("weight_map")
+    if not isinstance(mapped, dict) or not all(isinstance(file, str) for file in mapped.values()):
+        raise CheckpointError(f"{root / index}: no weight_map", hint="fetch the index again")
+    shards = sorted(set(mapped.values()))
+    missing = [shard for shard in shards if not (root / shard).is_file()]
+    if missing:
+        raise CheckpointError(f"{root}: missing shard{'s' * (len(missing) > 1)} {', '.join(missing)} named in {index}")
+    return shards
+
+
+def _check_index(root: Path, tensors: Mapping[str, TensorInfo]) -> None:
+    if not (root / INDEX).is_file():
+        return
+    mapped = _read_json(root / INDEX)["weight_map"]
+    lost = sorted(name for name, shard in mapped.items() if name not in tensors or tensors[name].shard != shard)
+    if lost:
+        raise CheckpointError(
+            f"{root}: {INDEX} names {len(lost)} tensors that its shards do not hold: {', '.join(lost[:5])}",
+            hint="fetch the checkpoint again",
+        )
+
+
+def _read_pickle(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        mappable = zipfile.is_zipfile(path)  # files older than torch 1.6 are not
+        state = torch.load(path, map_location="cpu", mmap=mappable, weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise CheckpointError(f"{path}: not a pickle of tensors ({reason})", hint="fetch the file again") from None
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{path}: not a pickle of tensors (it holds one {type(state).__name__})")
+    for name, value in state.items():
+        if not isinstance(value, torch.Tensor):
+            raise CheckpointError(f"{path}: not a pickle of tensors ('{name}' is {type(value).__name__})")
+    return state
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: not valid JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: a JSON object is expected, found {type(value).__name__}")
+    return value

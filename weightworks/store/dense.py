@@ -1,0 +1,70 @@
+"""A packed checkpoint seen as the dense one it stands for: same names as the source, weights decoded when read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cached_property
+
+import torch
+
+from weightworks.store.checkpoint import Checkpoint
+from weightworks.store.formats import Format, packed_scheme
+from weightworks.store.packing import IntScheme
+from weightworks.store.tensorfile import TensorInfo
+
+
+class DenseView:
+    """The dense tensors a checkpoint stands for. For a dense checkpoint this is the checkpoint itself.
+
+    ``names`` lists them; ``read`` gives one, decoded in float32 where packed, else as stored.
+    """
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint
+        packed = packed_scheme(checkpoint)
+        self.format: Format | None = packed[0] if packed else None
+        self.scheme: IntScheme | None = packed[1] if packed else None
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        return self.checkpoint.tensors
+
+    @cached_property
+    def packed(self) -> frozenset[str]:
+        """Bases (names without ``.weight``) that are stored packed."""
+        if self.format is None:
+            return frozenset()
+        codes = "." + self.format.suffixes[0]
+        return frozenset(name.removesuffix(codes) for name in self.tensors if name.endswith(codes))
+
+    @cached_property
+    def names(self) -> list[str]:
+        """Names of the dense tensors, in file order."""
+        if self.format is None:
+            return list(self.tensors)
+        names: dict[str, None] = {}
+        for name in self.tensors:
+            base, _, suffix = name.rpartition(".")
+            packed = base in self.packed and suffix in self.format.suffixes
+            names[f"{base}.weight" if packed else name] = None
+        return list(names)
+
+    def is_packed(self, name: str) -> bool:
+        return name.removesuffix(".weight") in self.packed
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of the dense tensor, from headers alone (GPTQ layouts give [out, in])."""
+        if not self.is_packed(name):
+            return self.checkpoint.info(name).shape
+        base = name.removesuffix(".weight")
+        if f"{base}.weight_shape" in self.tensors:
+            return tuple(int(n) for n in self.checkpoint.read(f"{base}.weight_shape"))
+        return self.tensors[f"{base}.qweight"].shape[1], self.tensors[f"{base}.g_idx"].shape[0]
+
+    def read(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """The dense tensor; a packed weight is decoded to [out, in] in float32."""
+        if not self.is_packed(name):
+            return self.checkpoint.read(name, dtype)
+        assert self.format is not None and self.scheme is not None
+        weight = self.format.load(self.checkpoint, name.removesuffix(".weight"), self.scheme).dequantize()
+        return weight if dtype is None else weight.to(dtype)

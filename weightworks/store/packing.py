@@ -1,0 +1,112 @@
+"""Integer codes to packed 32-bit words and back: one dense little-endian bit stream a row.
+
+Element ``i`` of a row starts at bit ``i * bits`` of the row's stream, least significant bit first, and may cross a word
+boundary (3, 5, 6 and 7 bits). This is the layout of compressed-tensors since 0.18 along rows and of GPTQ along columns.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class IntScheme:
+    """How a weight is quantized: bits a code, input columns a group (-1: the whole row), symmetric about zero or not.
+
+    ``reordered`` says that groups follow an order of the columns that the file must store (``g_idx``).
+    """
+
+    bits: int
+    group_size: int
+    symmetric: bool
+    reordered: bool = False
+
+    def groups(self, columns: int) -> int:
+        """Number of groups in a row of ``columns`` weights."""
+        return 1 if self.group_size == -1 else columns // self.group_size
+
+    @property
+    def midpoint(self) -> int:
+        """The zero point of the symmetric grid on unsigned codes, ``2**(bits-1)``."""
+        return 1 << (self.bits - 1)
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """A quantized weight: ``w[o, i] = scale[o, g] * (codes[o, i] - zero[o, g])`` with ``g = group_index[i]``.
+
+    codes: uint8 [out, in] in ``0 .. 2**bits - 1``; scale: [out, groups] in the dtype it is stored in;
+    zero: uint8 [out, groups]; group_index: int32 [in], or None when groups are consecutive columns.
+    """
+
+    scheme: IntScheme
+    codes: torch.Tensor
+    scale: torch.Tensor
+    zero: torch.Tensor
+    group_index: torch.Tensor | None = None
+
+    def dequantize(self) -> torch.Tensor:
+        """The weight these codes mean, float32 [out, in]."""
+        rows, columns = self.codes.shape
+        scale, zero = self.scale.float(), self.zero.float()
+        if self.group_index is not None:
+            index = self.group_index.long()
+            return (self.codes.float() - zero[:, index]) * scale[:, index]
+        grouped = self.codes.float().view(rows, scale.shape[1], -1)  # [out, groups, group]
+        return ((grouped - zero.unsqueeze(-1)) * scale.unsqueeze(-1)).view(rows, columns)
+
+
+def packed_width(columns: int, bits: int) -> int:
+    """Words a row of ``columns`` codes takes."""
+    return math.ceil(columns * bits / 32)
+
+
+def pack_rows(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """Pack uint8 ``codes`` [rows, columns] into int32 words [rows, ceil(columns * bits / 32)]; the last word is zero-padded."""
+    rows, columns = codes.shape
+    period, span = _period(bits)
+    words = torch.zeros(rows, math.ceil(columns / period) * span, dtype=torch.int64)
+    for place in range(min(period, columns)):
+        column = codes[:, place::period].long()  # [rows, repeats]
+        word, shift = divmod(place * bits, 32)
+        words[:, word::span][:, : column.shape[1]] |= (column << shift) & 0xFFFFFFFF
+        if shift + bits > 32:
+            words[:, word + 1 :: span][:, : column.shape[1]] |= column >> (32 - shift)
+    words = words[:, : packed_width(columns, bits)]
+    return torch.where(words >= 1 << 31, words - (1 << 32), words).int().contiguous()
+
+
+def unpack_rows(words: torch.Tensor, bits: int, columns: int) -> torch.Tensor:
+    """The inverse of :func:`pack_rows`: uint8 [rows, columns]."""
+    period, span = _period(bits)
+    rows = words.shape[0]
+    padded = torch.zeros(rows, math.ceil(columns / period) * span, dtype=torch.int64)
+    padded[:, : words.shape[1]] = words.long() & 0xFFFFFFFF
+    codes = torch.empty(rows, columns, dtype=torch.uint8)
+    for place in range(min(period, columns)):
+        target = codes[:, place::period]
+        word, shift = divmod(place * bits, 32)
+        value = padded[:, word::span] >> shift
+        if shift + bits > 32:
+            value = value | (padded[:, word + 1 :: span] << (32 - shift))
+        target.copy_((value & ((1 << bits) - 1))[:, : target.shape[1]])
+    return codes
+
+
+def pack_columns(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """Pack along the first axis: [rows, columns] to [ceil(rows * bits / 32), columns]."""
+    return pack_rows(codes.T, bits).T.contiguous()
+
+
+def unpack_columns(words: torch.Tensor, bits: int, rows: int) -> torch.Tensor:
+    """The inverse of :func:`pack_columns`."""
+    return unpack_rows(words.T, bits, rows).T.contiguous()
+
+
+def _period(bits: int) -> tuple[int, int]:
+    """After how many codes, and how many words, the bit stream is word-aligned again."""
+    common = math.gcd(bits, 32)
+    return 32 // common, bits // common

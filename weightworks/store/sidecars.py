@@ -1,0 +1,40 @@
+"""Tokenizer, chat template, generation config and licence: carried over byte for byte."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from weightworks.store.writer import writing
+
+# Written by us, or describing weights that change.
+OWN = {"config.json", "README.md", "provenance.json", "quantize_config.json", "quant_config.json", "recipe.yaml"}
+SUFFIXES = {".json", ".model", ".txt", ".jinja", ".py", ".tiktoken", ".bpe", ".md"}
+
+
+def sidecars(root: Path) -> list[Path]:
+    """Files of a checkpoint folder that a stage copies unchanged, sorted by name.
+
+    Weight indexes, weights and earlier reports are not among them; one level of folders is (``additional_chat_templates``).
+    """
+    files = [path for path in root.iterdir() if path.is_file()]
+    files += [path for folder in root.iterdir() if folder.is_dir() for path in folder.iterdir() if path.is_file()]
+    return sorted(path for path in files if _carried(path.relative_to(root)))
+
+
+def _carried(path: Path) -> bool:
+    if path.name in OWN or path.name.endswith(".index.json") or any(part.startswith(".") for part in path.parts):
+        return False
+    return path.suffix in SUFFIXES or path.name.upper().startswith(("LICENSE", "LICENCE", "NOTICE", "USE_POLICY"))
+
+
+def copy_sidecars(root: Path, target: Path) -> list[str]:
+    """Copy them; returns their names relative to the folder."""
+    names = []
+    for path in sidecars(root):
+        relative = path.relative_to(root)
+        content = path.read_bytes()
+        with writing(target / relative):
+            (target / relative).parent.mkdir(exist_ok=True)
+            (target / relative).write_bytes(content)
+        names.append(str(relative))
+    return names

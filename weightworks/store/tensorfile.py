@@ -1,0 +1,168 @@
+"""The safetensors layout, read and planned by header: names, dtypes, shapes, offsets; never a memory map.
+
+The library's own reader maps files into memory. Mapped pages count against a process's memory limit, and a writer that
+appends finished tensors needs the header before the data, so both ends of the format live here. Files written here
+are read back by the library in the tests.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from weightworks.errors import CheckpointError
+
+DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors reader
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """A tensor before it exists: name, shape, dtype."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """A tensor in a file: name, shape, dtype, and where its bytes lie."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    nbytes: int
+    shard: str  # file name inside the checkpoint folder
+    offset: int  # of the first byte, from the start of the file
+
+
+def read_header(path: Path) -> dict[str, TensorInfo]:
+    """The tensors of one safetensors file, in file order, by reading its header alone.
+
+    Every header a careful reader would refuse is refused here: truncated data, holes, overlaps, unknown dtypes.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        prefix = file.read(8)
+        if len(prefix) < 8:
+            raise CheckpointError(f"{path}: {size} bytes is too short for a safetensors file (header length needs 8)")
+        length = int.from_bytes(prefix, "little")
+        if length > MAX_HEADER_BYTES or 8 + length > size:
+            raise CheckpointError(
+                f"{path}: wrong header: it claims {length:,} bytes, the file has {size:,}",
+                hint="the file is not safetensors or its download was cut; fetch it again",
+            )
+        raw = file.read(length)
+    try:
+        entries = json.loads(raw)
+        entries.pop("__metadata__", None)
+        infos = [_entry(path, name, entry, 8 + length) for name, entry in entries.items()]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(
+            f"{path}: wrong header: not the JSON that safetensors defines ({error})", hint="fetch the file again"
+        ) from None
+    infos.sort(key=lambda info: (info.offset, info.nbytes))  # an empty tensor shares its place with the next
+    position = 8 + length
+    for info in infos:
+        if info.offset != position:
+            raise CheckpointError(f"{path}: wrong header: tensor '{info.name}' begins at {info.offset}, not {position}")
+        position += info.nbytes
+    if position != size:
+        kind = "truncated" if size < position else "longer than its header says"
+        raise CheckpointError(
+            f"{path}: {kind}: the header needs {position:,} bytes, the file has {size:,}",
+            hint="fetch the shard again; nothing was written",
+        )
+    return {info.name: info for info in infos}
+
+
+def _entry(path: Path, name: str, entry: Mapping[str, Any], base: int) -> TensorInfo:
+    if entry["dtype"] not in DTYPES:
+        raise CheckpointError(f"{path}: tensor '{name}' has dtype {entry['dtype']}, known: {', '.join(DTYPES)}")
+    shape = entry["shape"]
+    begin, end = entry["data_offsets"]
+    if not isinstance(shape, list) or not all(isinstance(n, int) and n >= 0 for n in shape):
+        raise ValueError(f"tensor '{name}' has shape {shape}")
+    spec = TensorSpec(name, tuple(shape), DTYPES[entry["dtype"]])
+    if end - begin != spec.nbytes:
+        raise ValueError(f"tensor '{name}' spans {end - begin} bytes, its shape needs {spec.nbytes}")
+    return TensorInfo(name, spec.shape, spec.dtype, spec.nbytes, path.name, base + int(begin))
+
+
+def read_bytes(path: Path, offset: int, out: torch.Tensor) -> torch.Tensor:
+    """Fill the contiguous tensor ``out`` with the file's bytes from ``offset`` on."""
+    if out.numel() == 0:
+        return out
+    view = memoryview(out.reshape(-1).view(torch.uint8).numpy())
+    with path.open("rb", buffering=0) as file:
+        file.seek(offset)
+        while view.nbytes:
+            count = file.readinto(view)
+            if not count:
+                raise CheckpointError(f"{path}: ended {view.nbytes:,} bytes early while reading at offset {offset:,}")
+            view = view[count:]
+    return out
+
+
+def write_bytes(descriptor: int, offset: int, tensor: torch.Tensor) -> memoryview:
+    """Write the contiguous ``tensor`` at ``offset``; returns its bytes, for hashing."""
+    data = memoryview(tensor.reshape(-1).view(torch.uint8).numpy()) if tensor.numel() else memoryview(b"")
+    view = data
+    while view.nbytes:
+        count = os.pwrite(descriptor, view, offset)
+        view, offset = view[count:], offset + count
+    return data
+
+
+def build_header(specs: Iterable[TensorSpec], shard: str) -> tuple[bytes, list[TensorInfo]]:
+    """Header bytes and tensor places of a file that will hold ``specs``.
+
+    Wider dtypes come first, as the library writes them, so that every tensor starts on a multiple of its item size.
+    """
+    ordered: Sequence[TensorSpec] = sorted(specs, key=lambda spec: -spec.dtype.itemsize)
+    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    position = 0
+    for spec in ordered:
+        entries[spec.name] = {
+            "dtype": DTYPE_NAMES[spec.dtype],
+            "shape": list(spec.shape),
+            "data_offsets": [position, position + spec.nbytes],
+        }
+        position += spec.nbytes
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    base, infos = 8 + len(text), []
+    for spec in ordered:
+        infos.append(TensorInfo(spec.name, spec.shape, spec.dtype, spec.nbytes, shard, base))
+        base += spec.nbytes
+    return len(text).to_bytes(8, "little") + text, infos

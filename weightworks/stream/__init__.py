@@ -1,0 +1,1 @@
+"""The path of activations through a model, one block at a time."""

@@ -1,0 +1,203 @@
+"""Calibration windows: seeded pieces of token text from a file, a data set, the built-in sample, or the model itself."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from weightworks.errors import CalibrationError
+
+TEXT_FIELDS = ("text", "content", "prompt", "instruction", "question")
+ANSWER_FIELDS = ("input", "context", "response", "completion", "output", "answer")
+CHUNK_CHARACTERS = 1 << 16  # text is tokenised in chunks of about this size, so a huge file is never held twice
+
+
+class Tokenizer(Protocol):
+    def encode(self, text: str) -> list[int]: ...
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Token windows and where they came from.
+
+    tokens: int64 [windows, seq], no special tokens, no padding, windows do not overlap. ``source`` describes the text;
+    ``digest`` is the sha256 of the tokens.
+    """
+
+    tokens: torch.Tensor
+    source: str
+    requested: int
+
+    @property
+    def digest(self) -> str:
+        return hashlib.sha256(self.tokens.numpy().tobytes()).hexdigest()
+
+    def facts(self) -> dict[str, Any]:
+        """What the report says of the calibration."""
+        windows, seq = self.tokens.shape
+        return {
+            "source": self.source,
+            "windows": windows,
+            "windows_requested": self.requested,
+            "seq_len": seq,
+            "tokens": windows * seq,
+            "digest": self.digest,
+        }
+
+
+class _Fast:
+    """A ``tokenizer.json``, without the import of transformers."""
+
+    def __init__(self, path: Path) -> None:
+        from tokenizers import Tokenizer as Backend
+
+        self.backend = Backend.from_file(str(path))
+
+    def encode(self, text: str) -> list[int]:
+        return self.backend.encode(text, add_special_tokens=False).ids
+
+
+class _Slow:
+    """Any other tokenizer transformers can load."""
+
+    def __init__(self, root: Path, trust_remote_code: bool) -> None:
+        from transformers import AutoTokenizer
+
+        self.backend = AutoTokenizer.from_pretrained(root, trust_remote_code=trust_remote_code)
+
+    def encode(self, text: str) -> list[int]:
+        return self.backend(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+
+def load_tokenizer(root: Path, *, trust_remote_code: bool = False) -> Tokenizer:
+    """The tokenizer of a checkpoint folder; a folder without one is an error that says so."""
+    if (root / "tokenizer.json").is_file():
+        return _Fast(root / "tokenizer.json")
+    try:
+        return _Slow(root, trust_remote_code)
+    except Exception as error:  # whatever transformers raises, the user's problem is the same
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CalibrationError(
+            f"{root}: no tokenizer could be loaded ({reason})", hint="put tokenizer.json into the checkpoint folder"
+        ) from error
+
+
+def load_windows(
+    dataset: str, tokenizer_root: Path, *, num_samples: int, seq_len: int, seed: int, trust_remote_code: bool = False
+) -> Calibration:
+    """``num_samples`` windows of ``seq_len`` tokens from ``dataset``.
+
+    A text long enough is cut into windows from end to end and a seeded choice of them is taken, in text order; a shorter
+    one gives all the windows it has. Raises :class:`CalibrationError` for unreadable, empty or too short text.
+    """
+    tokenizer = load_tokenizer(tokenizer_root, trust_remote_code=trust_remote_code)
+    if dataset == "builtin":
+        from weightworks.stream.builtin import calibration_text, description
+
+        text = calibration_text(num_samples * seq_len)
+        tokens = encode_all(tokenizer, [text])
+        return choose(tokens, description(), num_samples, seq_len, seed)
+    tokens = encode_all(tokenizer, read_texts(dataset))
+    if tokens.numel() == 0:
+        raise CalibrationError(f"{dataset}: the text is empty", hint="give a text with words in it, or --dataset builtin")
+    return choose(tokens, _describe(dataset), num_samples, seq_len, seed)
+
+
+def choose(tokens: torch.Tensor, source: str, count: int, seq_len: int, seed: int) -> Calibration:
+    """A seeded choice of ``count`` non-overlapping windows of a token stream int64 [n]."""
+    available = tokens.numel() // seq_len
+    if available == 0:
+        raise CalibrationError(
+            f"{source}: {tokens.numel()} tokens is shorter than one window of {seq_len}",
+            hint="give a longer text, or a smaller --seq-len",
+        )
+    windows = tokens[: available * seq_len].view(available, seq_len)
+    order = torch.randperm(available, generator=torch.Generator().manual_seed(seed))[:count]
+    return Calibration(windows[order.sort().values].clone(), source, count)
+
+
+def encode_all(tokenizer: Tokenizer, texts: Iterable[str]) -> torch.Tensor:
+    """All texts as one token stream int64 [n], tokenised in chunks that end at line ends."""
+    pieces = [torch.tensor(tokenizer.encode(chunk), dtype=torch.int64) for text in texts for chunk in _chunks(text)]
+    return torch.cat(pieces) if pieces else torch.empty(0, dtype=torch.int64)
+
+
+def _chunks(text: str) -> Iterator[str]:
+    start = 0
+    while start < len(text):
+        stop = text.find("\n", start + CHUNK_CHARACTERS) + 1 or len(text)
+        yield text[start:stop]
+        start = stop
+
+
+def read_texts(dataset: str) -> list[str]:
+    """The texts of a .txt, .jsonl, .parquet file or a hub data set."""
+    path = Path(dataset).expanduser()
+    if path.suffix.lower() in (".txt", ".md", ".jsonl", ".json", ".parquet") or path.exists():
+        if not path.is_file():
+            raise CalibrationError(f"{dataset}: no such file", hint="give .txt, .jsonl or .parquet, or 'builtin' or 'self'")
+        try:
+            return _read_file(path)
+        except (OSError, UnicodeDecodeError) as error:
+            raise CalibrationError(f"{dataset}: cannot be read as UTF-8 text: {error}") from None
+    return [_row_text(row, dataset) for row in _hub_rows(dataset)]
+
+
+def _read_file(path: Path) -> list[str]:
+    kind = path.suffix.lower()
+    if kind == ".jsonl":
+        rows = []
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            if line.strip():
+                try:
+                    rows.append(_row_text(json.loads(line), f"{path}, line {number}"))
+                except ValueError as error:
+                    raise CalibrationError(f"{path}, line {number}: not valid JSON ({error})") from None
+        return rows
+    if kind == ".parquet":
+        import pyarrow.parquet
+
+        return [_row_text(row, str(path)) for row in pyarrow.parquet.read_table(path).to_pylist()]
+    return [path.read_text(encoding="utf-8")]
+
+
+def _row_text(row: Any, where: str) -> str:
+    """The text of one row: a text field, a chat, or an instruction with its answer."""
+    if isinstance(row, str):
+        return row + "\n"
+    if isinstance(row, dict):
+        chat = row.get("messages") or row.get("conversations")
+        if isinstance(chat, list):
+            return "\n".join(str(turn.get("content", turn.get("value", ""))) for turn in chat) + "\n\n"
+        parts = [str(row[key]) for key in (*TEXT_FIELDS, *ANSWER_FIELDS) if row.get(key)]
+        if parts:
+            return "\n".join(parts) + "\n\n"
+        keys = ", ".join(map(str, row))
+        raise CalibrationError(f"{where}: no text in fields {keys}", hint=f"expected one of: {', '.join(TEXT_FIELDS)}, messages")
+    raise CalibrationError(f"{where}: a row is {type(row).__name__}, a JSON object or string is expected")
+
+
+def _hub_rows(dataset: str) -> Iterator[Any]:
+    from datasets import load_dataset
+
+    name, _, revision = dataset.partition("@")
+    try:
+        rows = load_dataset(name, split="train", streaming=True, revision=revision or None)
+        return iter([row for row, _ in zip(rows, range(20_000), strict=False)])
+    except Exception as error:  # datasets raises many kinds; all mean that this text is not to be had
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CalibrationError(
+            f"{dataset}: no such file, and no data set of that name could be loaded ({type(error).__name__}: {reason})",
+            hint="give a .txt, .jsonl or .parquet file, or 'builtin' or 'self'",
+        ) from None
+
+
+def _describe(dataset: str) -> str:
+    path = Path(dataset).expanduser()
+    return path.name if path.is_file() else dataset

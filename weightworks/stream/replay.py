@@ -1,0 +1,219 @@
+"""The model taken apart: embedding and call arguments captured, blocks called one by one, the tail run on the result.
+
+Architectures are supported by proof, not by a list: :func:`prove` compares the logits of the model's own forward pass
+with those of this replay, before anything is changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_map_only
+
+from weightworks.errors import ArchitectureError
+from weightworks.store.writer import check_finite
+from weightworks.stream.skeleton import DenseReader, Skeleton
+
+PROOF_TOLERANCE = 1e-4  # relative to the largest logit; the two passes run the same kernels, so 0 is usual
+
+
+class _StopForward(Exception):
+    """Raised inside a forward pass once everything needed has been seen."""
+
+
+@dataclass
+class BlockCall:
+    """How the model calls one block: everything but the hidden states."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    by_keyword: bool
+
+    def run(self, block: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+        """The block's output hidden states [batch, seq, hidden]."""
+        if self.by_keyword:
+            output = block(*self.args, **{**self.kwargs, "hidden_states": hidden})
+        else:
+            output = block(hidden, *self.args, **self.kwargs)
+        return output if isinstance(output, torch.Tensor) else output[0]
+
+
+@dataclass
+class Calls:
+    """How the model calls all of its blocks for windows of one shape, in one dtype."""
+
+    blocks: list[BlockCall]
+    _dtype: torch.dtype = torch.float32
+    _cast: dict[torch.dtype, Calls] = field(default_factory=dict)
+
+    def run(self, index: int, block: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+        return self.blocks[index].run(block, hidden)
+
+    def to(self, dtype: torch.dtype) -> Calls:
+        """The same calls with floating-point arguments (masks, rotary tables) in ``dtype``."""
+        if dtype == self._dtype:
+            return self
+        if dtype not in self._cast:
+            seen: dict[int, torch.Tensor] = {}
+
+            def cast(tensor: torch.Tensor) -> torch.Tensor:
+                if id(tensor) not in seen:
+                    seen[id(tensor)] = tensor.to(dtype) if tensor.is_floating_point() else tensor
+                return seen[id(tensor)]
+
+            calls = [
+                BlockCall(tree_map_only(torch.Tensor, cast, c.args), tree_map_only(torch.Tensor, cast, c.kwargs), c.by_keyword)
+                for c in self.blocks
+            ]
+            self._cast[dtype] = Calls(calls, dtype)
+        return self._cast[dtype]
+
+
+@contextmanager
+def _forwards(skeleton: Skeleton, make: Callable[[int, nn.Module], Callable[..., Any]]) -> Iterator[None]:
+    """Replace every block's forward; a block stays the same object, so models that ask it for attributes still can."""
+    try:
+        for index, (_, block) in enumerate(skeleton.blocks):
+            block.forward = make(index, block)  # type: ignore[method-assign]
+        yield
+    finally:
+        for _, block in skeleton.blocks:
+            block.__dict__.pop("forward", None)
+
+
+def _hidden_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+    hidden = args[0] if args else kwargs.get("hidden_states")
+    if not isinstance(hidden, torch.Tensor) or hidden.ndim != 3:
+        raise ArchitectureError("blocks do not take hidden states [batch, seq, hidden] as their first argument")
+    return hidden
+
+
+@torch.no_grad()
+def embed(skeleton: Skeleton, tokens: torch.Tensor) -> torch.Tensor:
+    """The first block's input [batch, seq, hidden] for ``tokens`` [batch, seq]; the parts outside the blocks are loaded."""
+    seen: list[torch.Tensor] = []
+
+    def make(index: int, block: nn.Module) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            seen.append(_hidden_of(args, kwargs))
+            raise _StopForward
+
+        return forward
+
+    with _forwards(skeleton, make):
+        try:
+            skeleton.model(input_ids=tokens, use_cache=False)
+        except _StopForward:
+            pass
+    return seen[0]
+
+
+@torch.no_grad()
+def capture(skeleton: Skeleton, tokens: torch.Tensor, *, returns_tuple: bool) -> Calls:
+    """All arguments of all blocks for windows of the shape of ``tokens``; hidden states pass through untouched."""
+    calls: list[BlockCall] = []
+
+    def make(index: int, block: nn.Module) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            hidden = _hidden_of(args, kwargs)
+            rest = {key: value for key, value in kwargs.items() if args or key != "hidden_states"}
+            calls.append(BlockCall(tuple(args[1:]), rest, by_keyword=not args))
+            if index == len(skeleton.blocks) - 1:
+                raise _StopForward
+            return (hidden,) if returns_tuple else hidden
+
+        return forward
+
+    with _forwards(skeleton, make):
+        try:
+            skeleton.model(input_ids=tokens, use_cache=False)
+        except _StopForward:
+            pass
+    if len(calls) != len(skeleton.blocks):
+        raise ArchitectureError(f"the model called {len(calls)} blocks, its list holds {len(skeleton.blocks)}")
+    return Calls(calls)
+
+
+@torch.no_grad()
+def tail(skeleton: Skeleton, tokens: torch.Tensor, hidden: torch.Tensor, *, returns_tuple: bool) -> torch.Tensor:
+    """Logits [batch, seq, vocabulary] from the last block's output, by the model's own final layers."""
+
+    def make(index: int, block: nn.Module) -> Callable[..., Any]:
+        return lambda *args, **kwargs: (hidden,) if returns_tuple else hidden
+
+    with _forwards(skeleton, make):
+        return skeleton.model(input_ids=tokens, use_cache=False).logits
+
+
+@torch.no_grad()
+def prove(skeleton: Skeleton, reader: DenseReader, tokens: torch.Tensor) -> bool:
+    """Check, block by block as weights stream through, that the replay reproduces the model; returns ``returns_tuple``.
+
+    ``tokens`` [2, seq]: arguments are captured on the first window, hidden states and logits compared on the second, so
+    arguments that depend on the tokens are found out. Weights are scanned for NaN on the way. The parts outside the
+    blocks must be loaded. Raises :class:`ArchitectureError` with the measured difference, :class:`MethodError` on NaN.
+    """
+    first, second = tokens[:1], tokens[1:2]
+    state: dict[str, Any] = {"tuple": False, "calls": None}
+
+    def load(index: int) -> None:
+        names = skeleton.names_of(index)
+        skeleton.load(reader, names, torch.float32)
+        for name in names:
+            check_finite(skeleton.pieces[name][0].tensor, skeleton.get(name))
+
+    def make(index: int, block: nn.Module) -> Callable[..., Any]:
+        own = type(block).forward
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            if index > 0:
+                load(index)
+            output = own(block, *args, **kwargs)
+            block.__dict__.pop("forward")
+            state["replayed"] = state["calls"].run(index, block, state["replayed"])
+            skeleton.unload(skeleton.names_of(index))
+            return output
+
+        return forward
+
+    load(0)
+    hidden = embed(skeleton, second)
+    probe = _first_output(skeleton, first)
+    state["tuple"] = not isinstance(probe, torch.Tensor)
+    state["calls"] = capture(skeleton, first, returns_tuple=state["tuple"])
+    state["replayed"] = hidden
+    with _forwards(skeleton, make):
+        expected = skeleton.model(input_ids=second, use_cache=False).logits
+    replayed = tail(skeleton, second, state["replayed"], returns_tuple=state["tuple"])
+    difference = float((expected - replayed).abs().max()) / max(float(expected.abs().max()), 1e-30)
+    if not difference <= PROOF_TOLERANCE:
+        raise ArchitectureError(
+            f"{type(skeleton.model).__name__}: replaying its blocks one by one gives logits that differ by "
+            f"{difference:.2e} of their range (at most {PROOF_TOLERANCE:.0e} is accepted), so it cannot be streamed",
+            hint="nothing was changed; please report the architecture",
+        )
+    return bool(state["tuple"])
+
+
+def _first_output(skeleton: Skeleton, tokens: torch.Tensor) -> Any:
+    """What the first block returns, as it is: a tensor or a tuple."""
+    seen: list[Any] = []
+    block = skeleton.blocks[0][1]
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        seen.append(type(block).forward(block, *args, **kwargs))
+        raise _StopForward
+
+    block.forward = forward  # type: ignore[method-assign]
+    try:
+        skeleton.model(input_ids=tokens, use_cache=False)
+    except _StopForward:
+        pass
+    finally:
+        block.__dict__.pop("forward", None)
+    return seen[0]

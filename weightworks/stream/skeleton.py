@@ -1,0 +1,227 @@
+"""A causal LM of transformers with no weights: its structure on the meta device, filled and emptied module by module.
+
+Nothing here knows an architecture by name. Blocks are the list of modules that holds most parameters; the way from
+checkpoint names to parameters is the one transformers itself uses to load.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from weightworks.errors import ArchitectureError
+from weightworks.store.checkpoint import Checkpoint
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """What one checkpoint tensor is to a parameter: all of it, or rows ``part`` of ``parts`` of expert ``expert``."""
+
+    tensor: str
+    expert: int | None = None
+    part: int = 0
+    parts: int = 1
+
+
+class DenseReader(Protocol):
+    """Gives dense tensors by the checkpoint's names."""
+
+    def read(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor: ...
+
+
+@dataclass
+class Skeleton:
+    """The model on the meta device.
+
+    ``blocks`` are the decoder blocks with their names; ``pieces`` maps a parameter to the checkpoint tensors that make
+    it; ``unused`` are checkpoint tensors the model has no place for (they are copied through).
+    """
+
+    model: nn.Module
+    blocks: list[tuple[str, nn.Module]]
+    pieces: dict[str, list[Piece]]
+    unused: list[str]
+    _holders: dict[str, list[tuple[nn.Module, str]]] = field(repr=False, default_factory=dict)
+
+    def names_of(self, block: int | None) -> list[str]:
+        """Parameters and stored buffers of one block, or (None) of everything outside the blocks."""
+        if block is not None:
+            return [name for name in self._holders if name.startswith(self.blocks[block][0] + ".")]
+        prefixes = tuple(name + "." for name, _ in self.blocks)
+        return [name for name in self._holders if not name.startswith(prefixes)]
+
+    def load(
+        self, reader: DenseReader, names: list[str], dtype: torch.dtype, device: torch.device | str = "cpu"
+    ) -> None:
+        """Fill the named parameters with dense weights in ``dtype``."""
+        for name in names:
+            self.assign(name, self.assemble(reader, name, dtype).to(device))
+
+    def assemble(self, reader: DenseReader, name: str, dtype: torch.dtype) -> torch.Tensor:
+        """One parameter from its pieces."""
+        module, leaf = self._holders[name][0]
+        like = getattr(module, leaf)
+        pieces = self.pieces[name]
+        if len(pieces) == 1 and pieces[0].expert is None:
+            return reader.read(pieces[0].tensor).to(dtype if like.dtype.is_floating_point else like.dtype)
+        whole = torch.empty(like.shape, dtype=dtype)
+        for piece in pieces:
+            place(whole, piece).copy_(reader.read(piece.tensor))
+        return whole
+
+    def assign(self, name: str, tensor: torch.Tensor) -> None:
+        """Put ``tensor`` where parameter ``name`` is, and wherever it is tied to."""
+        module, leaf = self._holders[name][0]
+        is_parameter = leaf in module._parameters
+        value = nn.Parameter(tensor, requires_grad=False) if is_parameter else tensor
+        for holder, leaf in self._holders[name]:
+            (holder._parameters if is_parameter else holder._buffers)[leaf] = value
+
+    def get(self, name: str) -> torch.Tensor:
+        module, leaf = self._holders[name][0]
+        return getattr(module, leaf)
+
+    def unload(self, names: list[str]) -> None:
+        """Give the memory of the named parameters back."""
+        for name in names:
+            self.assign(name, self.get(name).data.to("meta"))
+
+    def cast(self, names: list[str], dtype: torch.dtype) -> None:
+        """Cast loaded parameters one by one."""
+        for name in names:
+            tensor = self.get(name)
+            if tensor.dtype.is_floating_point and tensor.dtype != dtype:
+                self.assign(name, tensor.data.to(dtype))
+
+
+def place(whole: torch.Tensor, piece: Piece) -> torch.Tensor:
+    """The view of parameter ``whole`` that ``piece`` fills."""
+    view = whole if piece.expert is None else whole[piece.expert]
+    rows = view.shape[0] // piece.parts
+    return view[piece.part * rows : (piece.part + 1) * rows]
+
+
+def build(checkpoint: Checkpoint, names: list[str], *, trust_remote_code: bool = False) -> Skeleton:
+    """The skeleton of ``checkpoint``, whose dense tensors are called ``names``.
+
+    Raises :class:`ArchitectureError` when transformers has no such causal LM, no list of blocks is found, or tensors
+    the model needs are missing (all of them named).
+    """
+    model = _meta_model(checkpoint, trust_remote_code)
+    pieces, unused = _map_names(model, names)
+    holders = _holders(model)
+    skeleton = Skeleton(model, _find_blocks(model), {}, unused, {})
+    missing = []
+    for aliases in holders:
+        source = next((name for name in aliases if name in pieces), None)
+        if source is None:
+            missing.append(min(aliases, key=len))
+            continue
+        skeleton.pieces[source] = pieces[source]
+        skeleton._holders[source] = [_locate(model, name) for name in aliases]
+    if missing:
+        shown = ", ".join(missing[:5])
+        raise ArchitectureError(
+            f"{checkpoint.root}: {len(missing)} tensors that {type(model).__name__} needs are missing: {shown}",
+            hint="the checkpoint is incomplete, or config.json belongs to another model",
+        )
+    return skeleton
+
+
+def _meta_model(checkpoint: Checkpoint, trust_remote_code: bool) -> nn.Module:
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(checkpoint.root, trust_remote_code=trust_remote_code)
+        if getattr(config, "quantization_config", None) is not None:
+            del config.quantization_config
+        config.use_cache = False
+        with init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(
+                config, trust_remote_code=trust_remote_code, dtype=torch.float32, experts_implementation="eager"
+            )
+        model.tie_weights()
+    except (ValueError, KeyError, ImportError, AttributeError, TypeError, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ArchitectureError(
+            f"{checkpoint.root}: transformers cannot build a causal LM from config.json: {reason}",
+            hint="check model_type; custom code needs --trust-remote-code",
+        ) from error
+    return model.eval()
+
+
+def _find_blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The outermost ModuleList with most parameters: the decoder blocks."""
+    found: list[tuple[int, str, nn.ModuleList]] = []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and not any(name.startswith(outer + ".") for _, outer, _ in found):
+            found.append((sum(p.numel() for p in module.parameters()), name, module))
+    if not found or max(found)[0] == 0:
+        raise ArchitectureError(f"{type(model).__name__}: no list of decoder blocks found in the module tree")
+    _, name, blocks = max(found, key=lambda item: item[0])
+    return [(f"{name}.{index}", block) for index, block in enumerate(blocks)]
+
+
+def _stored(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Parameters and persistent buffers, every alias of a tied one included."""
+    yield from model.named_parameters(remove_duplicate=False)
+    for path, module in model.named_modules(remove_duplicate=False):
+        for leaf, buffer in module._buffers.items():
+            if buffer is not None and leaf not in module._non_persistent_buffers_set:
+                yield (f"{path}.{leaf}" if path else leaf), buffer
+
+
+def _holders(model: nn.Module) -> list[list[str]]:
+    """Names grouped by the tensor they share."""
+    groups: dict[int, list[str]] = {}
+    for name, tensor in _stored(model):
+        groups.setdefault(id(tensor), []).append(name)
+    return list(groups.values())
+
+
+def _locate(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    path, _, leaf = name.rpartition(".")
+    return model.get_submodule(path), leaf
+
+
+def _map_names(model: Any, names: list[str]) -> tuple[dict[str, list[Piece]], list[str]]:
+    """Parameter -> pieces, by the renamings and conversions transformers applies when it loads this model."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, rename_source_key
+
+    transforms = get_model_conversion_mapping(model)
+    converters = [t for t in transforms if isinstance(t, WeightConverter)]
+    renamings = [t for t in transforms if not isinstance(t, WeightConverter)]
+    state = {name: tensor for name, tensor in _stored(model)}
+    pieces: dict[str, list[Piece]] = {}
+    unused = []
+    for name in names:
+        target, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
+        if target not in state:
+            unused.append(name)
+        elif pattern is None:
+            pieces[target] = [Piece(name)]
+        else:
+            converter = next(c for c in converters if pattern in c.source_patterns)
+            pieces.setdefault(target, []).append(_converted(name, pattern, converter))
+    return pieces, unused
+
+
+def _converted(name: str, pattern: str, converter: Any) -> Piece:
+    """The place of a per-expert tensor inside transformers' fused expert parameter."""
+    operations = [type(op).__name__ for op in converter.operations]
+    if operations not in (["MergeModulelist"], ["MergeModulelist", "Concatenate"]) or converter.operations[0].dim != 0:
+        raise ArchitectureError(
+            f"tensor '{name}': transformers converts it by {' + '.join(operations)} while loading, which is not supported",
+            hint="convert the checkpoint once with transformers' save_pretrained, or report the architecture",
+        )
+    parts = len(converter.source_patterns) if "Concatenate" in operations else 1
+    found = re.search(pattern.replace(".", r"\.").replace(r"\.*\.", r"\.(\d+)\."), name) or re.search(r"\.(\d+)\.[^\d]*$", name)
+    assert found is not None
+    return Piece(name, int(found.group(1)), list(converter.source_patterns).index(pattern), parts)
