@@ -1,8 +1,7 @@
 """The second-order statistics of a linear layer: H = (2/n) X'X, and the Cholesky factor of its inverse that sweeps need.
 
-Shared by every method that compensates errors (GPTQ, SparseGPT). On the CPU, products and factorisations run in place
-through scipy's BLAS and LAPACK: a symmetric rank-k update costs half a matrix product, and an 8192-wide H is held once,
-not three times.
+Shared by every method that compensates errors (GPTQ, SparseGPT). Wide ones on the CPU run in place through scipy's BLAS
+and LAPACK: a symmetric rank-k update costs half a matrix product, and an 8192-wide H is held once, not three times.
 """
 
 from __future__ import annotations
@@ -14,6 +13,7 @@ import torch
 DAMP_STEP = 0.01  # added to the damping after a failed factorisation (GPTQModel's ladder)
 FLOOR_STEPS = 6  # then diagonal floors 1e-6 * 10^k of the largest diagonal entry, k = 0 .. 6
 TILE = 1024  # rows handled at a time by the in-place helpers; a tile pair stays in the cache
+WIDE = 1024  # from here on scipy pays; below, waking its thread pool beside torch's costs more than it saves
 
 
 class Hessian:
@@ -34,7 +34,7 @@ class Hessian:
             self.dropped += x.shape[0]
             return
         self.tokens += x.shape[0]
-        if self.matrix.device.type != "cpu":
+        if not _through_scipy(self.matrix):
             self.matrix.addmm_(x.T, x)
             return
         from scipy.linalg.blas import ssyrk
@@ -45,7 +45,7 @@ class Hessian:
     def finish(self) -> torch.Tensor:
         """H = (2/n) X'X [in, in], symmetric. The storage is this object's own, which ends with it."""
         matrix, self.matrix = self.matrix, torch.empty(0)
-        if matrix.device.type == "cpu":
+        if _through_scipy(matrix):
             _mirror(matrix)
         return matrix.mul_(2.0 / max(self.tokens, 1))
 
@@ -97,7 +97,7 @@ def inverse_cholesky_(reversed_hessian: torch.Tensor) -> bool:
     Cholesky and one triangular inverse, 2/3 n^3 operations, where Cholesky, inverse, Cholesky takes 4/3 n^3. On failure
     the strict lower triangle still holds K's.
     """
-    if reversed_hessian.device.type != "cpu":
+    if not _through_scipy(reversed_hessian):
         lower, info = torch.linalg.cholesky_ex(reversed_hessian)
         if int(info):
             return False
@@ -118,6 +118,10 @@ def inverse_cholesky_(reversed_hessian: torch.Tensor) -> bool:
     _reverse_(reversed_hessian.view(-1))
     _clear_upper(reversed_hessian)
     return True
+
+
+def _through_scipy(matrix: torch.Tensor) -> bool:
+    return matrix.device.type == "cpu" and matrix.shape[0] >= WIDE
 
 
 def permute_(matrix: torch.Tensor, order: torch.Tensor) -> None:

@@ -16,7 +16,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "W3A16": {"bits": 3, "group_size": 64, "sym": True},
     "W2A16": {"bits": 2, "group_size": 32, "sym": True},
 }
-ROUTERS = ["*.gate", "*.router", "*.shared_expert_gate"]  # a wrong expert costs more than a few kilobytes
+# The head and routers: a wrong token or a wrong expert costs more than the bytes they take.
+ALWAYS_IGNORED = ("lm_head", "*.gate", "*.router", "*.shared_expert_gate")
 
 
 class IntegerOptions(Options):
@@ -35,7 +36,8 @@ class IntegerOptions(Options):
         "compressed-tensors", description="container of the result; dense writes dequantized weights"
     )
     ignore: list[str] = Field(
-        default=["lm_head", *ROUTERS], description="layers left as they are: globs, or regular expressions after re:"
+        default=[],
+        description="further layers left as they are: globs, or regular expressions after re: (lm_head and routers always are)",
     )
 
     @model_validator(mode="before")
@@ -53,6 +55,11 @@ class IntegerOptions(Options):
         if value != -1 and value < 1:
             raise ValueError("must be -1 (per channel) or at least 1")
         return value
+
+    @property
+    def ignored(self) -> list[str]:
+        """Patterns of all layers left as they are."""
+        return [*ALWAYS_IGNORED, *self.ignore]
 
     @property
     def clips(self) -> bool:

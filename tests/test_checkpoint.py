@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -387,8 +388,28 @@ def test_pickle_with_a_missing_shard(tmp_path: Path) -> None:
     assert str(refusal(folder, allow_pickle=True)) == f"{folder}: {text}"
 
 
-@pytest.mark.parametrize("content", [b"", b"not a pickle", b"\x80\x02cos\nsystem\nU\x04true\x85R."])
-def test_pickle_that_is_none_or_runs_code(tmp_path: Path, content: bytes) -> None:
+class Evil:
+    """Its pickle makes a folder when it is loaded carelessly."""
+
+    def __init__(self, trace: Path) -> None:
+        self.trace = trace
+
+    def __reduce__(self) -> tuple[Callable[[str], None], tuple[str]]:
+        return os.mkdir, (str(self.trace),)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_pickle_that_runs_code(tmp_path: Path, zipped: bool) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    file, trace = tmp_path / "pytorch_model.bin", tmp_path / "trace"
+    torch.save({"a": Evil(trace)}, file, _use_new_zipfile_serialization=zipped)
+    text = str(refusal(tmp_path, allow_pickle=True))
+    assert text.startswith(f"{file}: not a pickle of tensors (Weights only load failed")
+    assert not trace.exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"not a pickle"])
+def test_pickle_that_is_none(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "pytorch_model.bin").write_bytes(content)
     text = str(refusal(tmp_path, allow_pickle=True))

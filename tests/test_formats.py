@@ -188,6 +188,17 @@ def test_gptq_version_1_refuses_a_zero_point_it_cannot_store() -> None:
     assert str(caught.value) == f"{BASE}: zero point 0 cannot be stored in gptq version 1, lowest 1"
 
 
+@EVERY_BITS
+def test_gptq_version_1_of_others_may_hold_a_zero_point_that_wrapped(
+    make_checkpoint: CheckpointMaker, bits: int
+) -> None:
+    weight = quantized(FORMATS["gptq"], IntScheme(bits, 32, False))
+    tensors = FORMATS["gptq"].tensors(BASE, weight)
+    tensors[f"{BASE}.qzeros"].fill_(-1)  # every stored zero point is 2**bits - 1, which stands for 0
+    checkpoint = Checkpoint.open(make_checkpoint(tensors))
+    assert not FORMATS["gptq"].load(checkpoint, BASE, weight.scheme).zero.any()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @GROUPS
 @SYMMETRY

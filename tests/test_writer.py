@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 
 from weightworks.errors import MethodError, OutputError, VerificationError
 from weightworks.store.checkpoint import INDEX, SINGLE, Checkpoint, file_digest
-from weightworks.store.tensorfile import TensorSpec, read_header
+from weightworks.store.tensorfile import TensorSpec, build_header, read_header
 from weightworks.store.writer import (
     JOURNAL,
     CheckpointWriter,
@@ -37,6 +37,17 @@ IDENTITY = {"method": "copy", "options": {"bits": 4, "seed": 0}}
 SHARD_BYTES = 150  # makes three shards of the tensors below
 DTYPES = [torch.float32, torch.bfloat16, torch.uint8, torch.int64, torch.float16, torch.float8_e4m3fn]
 STEPS = 4
+
+
+def forget_syncing(_: int) -> None:
+    """In the place of fsync where a process dies at worst, not the machine: waiting for the disk decides nothing."""
+
+
+@pytest.fixture(autouse=True)
+def no_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hundreds of waits; that syncing is asked for, and in which order, has a test of its own."""
+    monkeypatch.setattr(os, "fsync", forget_syncing)
+    monkeypatch.setattr(os, "fdatasync", forget_syncing)
 
 
 def tensors() -> dict[str, torch.Tensor]:
@@ -123,6 +134,9 @@ def test_every_tensor_starts_on_a_multiple_of_its_item_size(tmp_path: Path) -> N
     write(tmp_path / "out", max_shard_bytes=10_000)
     for info in read_header(tmp_path / "out" / SINGLE).values():
         assert info.offset % info.dtype.itemsize == 0, info.name
+    for k in range(8):  # names of every length: the header is padded
+        _, infos = build_header([TensorSpec("n" * k, (1,), torch.int64)], SINGLE)
+        assert infos[0].offset % 8 == 0
 
 
 def test_index_names_every_tensor(tmp_path: Path) -> None:
@@ -196,6 +210,38 @@ def test_copy_in_pieces_is_byte_for_byte(
     finish(writer)
     copied = Checkpoint.open(tmp_path / "out")
     assert all(same(copied.read(name), made[name]) for name in made)
+
+
+def test_system_that_writes_a_little_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "straight")
+    real, writer = os.pwrite, start(tmp_path / "out")
+    monkeypatch.setattr(os, "pwrite", lambda file, data, offset: real(file, data[:5], offset))
+    work(writer)
+    finish(writer)
+    assert contents(tmp_path / "out") == contents(tmp_path / "straight")
+
+
+def test_data_are_on_the_disk_before_the_journal_and_the_name_say_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target, made = tmp_path / "out", tensors()
+    writer = start(target)
+    events: list[str] = []
+
+    def sync(descriptor: int) -> None:
+        path = os.readlink(f"/proc/self/fd/{descriptor}")
+        events.append(f"{Path(path).name} {len(read_journal(writer.staging))} {target.exists()}")
+
+    monkeypatch.setattr(os, "fdatasync", sync)
+    monkeypatch.setattr(os, "fsync", sync)
+    writer.put("model.00.weight", made["model.00.weight"])
+    writer.done("first")
+    shards = [f"{shard} 1 False" for shard in writer.shards]  # one line: the step is not in the journal yet
+    assert events == [*shards, f"{JOURNAL} 2 False"]
+    events.clear()
+    writer.write_text("config.json", "{}")
+    writer.commit()
+    assert events == ["config.json 2 False", "out.partial 0 False", f"{tmp_path.name} 0 True"]
 
 
 def test_scratch_vanishes_on_commit(tmp_path: Path) -> None:
@@ -414,6 +460,29 @@ def test_torn_journal_line_is_dropped(tmp_path: Path, torn: str) -> None:
     assert len(read_journal(staging_of(tmp_path / "out"))) == 3
     assert write(tmp_path / "out") == ["step 2", "step 3"]
     assert contents(tmp_path / "out") == contents(tmp_path / "straight")
+
+
+def test_after_a_torn_line_the_journal_goes_on(tmp_path: Path) -> None:
+    writer = start(tmp_path / "out")
+    work(writer)
+    writer.close()
+    journal = staging_of(tmp_path / "out") / JOURNAL
+    journal.write_bytes(b"".join(journal.read_bytes().splitlines(keepends=True)[:2]) + b'{"step": "st')
+    again = start(tmp_path / "out")
+    assert work(again) == ["step 1", "step 2", "step 3"]
+    again.close()
+    assert write(tmp_path / "out") == []
+
+
+def test_journal_says_which_tensors_each_step_wrote(tmp_path: Path) -> None:
+    writer = start(tmp_path / "out")
+    work(writer)
+    writer.close()
+    first, *records = read_journal(writer.staging)
+    assert first["identity"] == IDENTITY
+    assert [record["step"] for record in records] == [f"step {k}" for k in range(STEPS)]
+    assert [list(record["tensors"]) for record in records] == [list(tensors())[k::STEPS] for k in range(STEPS)]
+    assert records[1]["facts"] == {"loss": 1 / 3}
 
 
 def test_torn_first_journal_line_starts_again(tmp_path: Path) -> None:
@@ -683,10 +752,6 @@ def test_a_real_disk_that_fills_up_during_the_run(small_disk: Path, tmp_path: Pa
 CALLS = ["pwrite", "posix_fallocate", "fdatasync", "fsync", "open", "mkdir", "rename", "unlink", "rmdir", "write"]
 
 
-def forget_syncing(_: int) -> None:
-    """In the place of fsync where a process dies, not the machine: waiting for the disk decides nothing there."""
-
-
 def die_at(point: int) -> Callable[[], int]:
     """From now on count the calls that change a disk; the one numbered ``point`` does half its work and is the last."""
     count = 0
@@ -764,9 +829,7 @@ def die_everywhere(place: Path) -> None:
     (place / "results.json").write_text(json.dumps({"total": total, "results": results}))
 
 
-def test_killed_anywhere_and_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "fsync", forget_syncing)
-    monkeypatch.setattr(os, "fdatasync", forget_syncing)
+def test_killed_anywhere_and_continued(tmp_path: Path) -> None:
     write(tmp_path / "straight")
     expected = contents(tmp_path / "straight")
     place = tmp_path / "killed"

@@ -90,14 +90,14 @@ class Job:
 
     def _ignored(self, linear: Linear) -> bool:
         names = {linear.base, linear.module}
-        return any(matches(pattern, name) for pattern in getattr(self.options, "ignore", ()) for name in names)
+        return any(matches(pattern, name) for pattern in getattr(self.options, "ignored", ()) for name in names)
 
     def _check(self) -> None:
         """Every weight must fit the scheme and the container; all that do not are named."""
         if not self.linears:
             raise MethodError(
                 f"{self.checkpoint.root}: nothing to do: no linear layer is left after --ignore",
-                hint=f"ignored: {', '.join(getattr(self.options, 'ignore', ()))}",
+                hint=f"ignored: {', '.join(getattr(self.options, 'ignored', ()))}",
             )
         scheme, problems = self.scheme, {}
         for linear in self.linears.values():

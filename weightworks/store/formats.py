@@ -251,7 +251,7 @@ def packed_scheme(checkpoint: Checkpoint) -> tuple[Format, IntScheme] | None:
         kind = f"{config.get('quant_method')}/{config.get('format')}" if isinstance(config, dict) else str(config)
         raise CheckpointError(
             f"{checkpoint.root}: quantized as {kind}, which cannot be decoded",
-            hint="known: compressed-tensors pack-quantized of one group, gptq, gptq_v2; start from the dense checkpoint",
+            hint="known: compressed-tensors pack-quantized, one group; gptq; gptq_v2; start from the dense checkpoint",
         )
     return known
 

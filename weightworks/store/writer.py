@@ -307,7 +307,8 @@ def check_target(target: Path, *, overwrite: bool) -> None:
 
 def read_journal(staging: Path) -> list[dict[str, Any]]:
     """The complete records of a staging folder's journal; a line torn by a crash, and what follows it, is dropped."""
-    path, records, good = staging / JOURNAL, [], 0
+    path, good = staging / JOURNAL, 0
+    records: list[dict[str, Any]] = []
     if not path.is_file():
         return records
     data = path.read_bytes()

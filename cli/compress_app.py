@@ -1,0 +1,289 @@
+"""The ``compress`` command. Only the command that was typed is given its options, so help stays quick."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from cli.common import guarded, spell, version
+from cli.params import command, given, parameters, refuse_foreign
+from cli.render import duration, emit, pairs, show, size, table
+from weightworks.errors import DegradedError, UsageError
+from weightworks.stage import catalog
+
+MODEL = Annotated[str, typer.Argument(metavar="MODEL", help="a local folder, or org/name[@revision] on the hub")]
+JSON = Annotated[bool, typer.Option("--json", help="the report as one JSON object on stdout")]
+QUIET = Annotated[bool, typer.Option("-q", "--quiet", help="errors only")]
+VERBOSE = Annotated[bool, typer.Option("-v", "--verbose", help="more detail")]
+
+
+def quantize(
+    model: MODEL,
+    method: Annotated[str, typer.Option("--method", help="quantization method; see: compress methods")] = "gptq",
+    output_dir: Annotated[
+        Path | None, typer.Option("-o", "--output-dir", help="default: the model's name plus what was done, here")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="print time, memory, disk and output size; write nothing")] = False,
+    json: JSON = False,
+    quiet: QUIET = False,
+    verbose: VERBOSE = False,
+    **values: Any,
+) -> int | None:
+    """Quantize a checkpoint's linear layers to 2, 3, 4 or 8 bits."""
+    return run_method("quantize", model, method, output_dir, dry_run, json, quiet, verbose, values)
+
+
+def run_method(
+    kind: str, model: str, method: str, output_dir: Path | None, dry_run: bool, json: bool, quiet: bool, verbose: bool,
+    values: dict[str, Any],
+) -> int | None:
+    """Run one method on one checkpoint and tell what came of it."""
+    from weightworks.stage.settings import Settings
+
+    entry = catalog.find(kind, method)
+    own = entry.load().Options
+    common = given(values, Settings.model_fields)
+    refuse_foreign({k: v for k, v in values.items() if k not in Settings.model_fields}, own, entry.label, values)
+    settings = Settings.parse(common, where="compress " + kind)
+    options = given(values, own.model_fields)
+    own.parse(options, where=entry.label)  # a wrong value is refused before the libraries load
+
+    from weightworks.plan.stage import run_stage
+    from weightworks.report.progress import Progress
+
+    def announce(resolved: dict[str, Any]) -> None:
+        if not quiet:
+            show(f"{kind} {resolved['model']}")
+            pairs({key: value for key, value in resolved.items() if key != "model"})
+
+    progress = Progress(quiet=quiet, verbose=verbose)
+    outcome = run_stage(
+        kind, method, model, options, settings, output_dir=output_dir, dry_run=dry_run, progress=progress, announce=announce
+    )
+    if dry_run:
+        facts = outcome.estimate.facts() if outcome.estimate else {}
+        if not quiet:
+            show_estimate(outcome)
+        if json:
+            emit({"target": str(outcome.target), "cached": outcome.cached, "estimate": facts})
+        return 0
+    if not quiet:
+        show_outcome(outcome)
+    if json:
+        emit({"target": str(outcome.target), "cached": outcome.cached, "seconds": outcome.seconds, **(outcome.provenance or {})})
+    if settings.strict and outcome.fallbacks:
+        raise DegradedError(
+            f"{outcome.target}: done, but {len(outcome.fallbacks)} tensors needed a fallback",
+            hint="they are listed above, in provenance.json and in the model card",
+        )
+    return 0
+
+
+def show_estimate(outcome: Any) -> None:
+    """The estimate of a dry run."""
+    if outcome.cached:
+        show(f"nothing to do: {outcome.target} was made by this very command and is intact")
+        return
+    costs = outcome.estimate
+    pairs(
+        {
+            "time": f"about {duration(costs.seconds)}",
+            "peak memory": f"about {size(costs.peak_bytes)} ({costs.peak_phase}); allowed {size(costs.limit_bytes)}",
+            "activations": "on disk" if costs.on_disk else "in memory",
+            "disk": f"{size(costs.disk_bytes)} while running",
+            "output": f"{costs.output_bytes:,} bytes of weights",
+        }
+    )
+    show("dry run: nothing was written")
+
+
+def show_outcome(outcome: Any) -> None:
+    """Where the result lies, what it is worth, what fell short."""
+    facts = outcome.provenance
+    if outcome.cached:
+        show(f"already done: {outcome.target} was made by this very command and is intact")
+    sizes, quality, checks = facts["size"], facts["quality"], facts["checks"]
+    before, after = quality["dense"], quality["result"]
+    worst = sorted(facts["report"], key=lambda row: -row.get("relative_error", row.get("relative_weight_error", 0.0)))[:3]
+    summary = {
+        "written": str(outcome.target),
+        "size": f"{size(sizes['bytes_out'])}, was {size(sizes['bytes_in'])} ({sizes['ratio']:.2f}x smaller)",
+        "bits a weight": f"{sizes['bits_a_weight']:.3f} in {facts['tensors']['transformed']} quantized tensors",
+        "perplexity": f"{before:.3f} -> {after:.3f} ({after / before - 1:+.2%}) on the built-in check text",
+        "verified": f"{facts['tensors']['input']} tensors accounted for, read back, loaded by {checks['loader']}: "
+        f"perplexity {checks['perplexity_reloaded']:.4f}, in memory {checks['perplexity_in_memory']:.4f}"
+        + ("" if checks["blocks_loaded"] == checks["blocks"] else f" (first {checks['blocks_loaded']} blocks, to stay in memory)"),
+        "worst tensors": ", ".join(
+            f"{row['tensor'].removesuffix('.weight')} {row.get('relative_error', row.get('relative_weight_error', 0)):.2%}"
+            for row in worst
+        ),
+        "took": duration(outcome.seconds),
+    }
+    pairs(summary)
+    for line in outcome.fallbacks:
+        show(f"  fallback: {line}")
+
+
+def evaluate(
+    models: Annotated[list[str], typer.Argument(metavar="MODEL...", help="folders or hub ids")],
+    perplexity: Annotated[list[str], typer.Option("--perplexity", metavar="TEXT", help="text file; may be repeated")],
+    baseline: Annotated[str | None, typer.Option("--baseline", help="model the others are compared with; default: the first")] = None,
+    seq_len: Annotated[int, typer.Option("--seq-len", help="tokens a window; capped by the model", min=2)] = 2048,
+    max_tokens: Annotated[int | None, typer.Option("--max-tokens", help="score only so many tokens of each text", min=2)] = None,
+    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda")] = "auto",
+    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="run code that comes with the model")] = False,
+    allow_pickle: Annotated[bool, typer.Option("--allow-pickle", help="read .bin weights")] = False,
+    json: JSON = False,
+    quiet: QUIET = False,
+) -> int | None:
+    """Perplexity of models on texts, one block in memory at a time, with paired differences to a baseline."""
+    from weightworks.plan.evaluate import evaluate as run
+
+    texts = list(perplexity)
+    report = run(
+        models, texts, baseline=baseline, seq_len=seq_len, max_tokens=max_tokens, device=device,
+        trust_remote_code=trust_remote_code, allow_pickle=allow_pickle, say=(lambda line: None) if quiet else show,
+    )
+    if not quiet:
+        rows = [
+            [
+                row["model"], size(row["bytes"]), *(row["perplexity"][text] for text in texts), row["mean"],
+                "" if row["model"] == report["baseline"] else f"{row['change']:+.2%} ± {row['error']:.2%}",
+            ]
+            for row in report["models"]
+        ]
+        table(["model", "size", *(Path(text).name for text in texts), "geometric mean", "against baseline"], rows)
+    if json:
+        emit(report)
+    return 0
+
+
+def inspect(
+    model: MODEL,
+    tensors: Annotated[bool, typer.Option("--tensors", help="every tensor, not only groups")] = False,
+    sparsity: Annotated[bool, typer.Option("--sparsity", help="read all weights and count zeros")] = False,
+    allow_pickle: Annotated[bool, typer.Option("--allow-pickle", help="read .bin weights")] = False,
+    json: JSON = False,
+) -> int | None:
+    """What a checkpoint holds: tensors, dtypes, bits, sparsity, size, and the stages it came through."""
+    from weightworks.store.inspection import inspect as run
+
+    facts = run(model, sparsity=sparsity, allow_pickle=allow_pickle)
+    if json:
+        emit(facts)
+        return 0
+    pairs({key: facts[key] for key in ("model", "architecture", "parameters", "bytes", "bits_a_parameter", "format", "files")})
+    head = ["tensors", "count", "shape", "stored as", "bits", "bytes", *(["zeros"] if sparsity else [])]
+    rows = facts["tensors"] if tensors else facts["groups"]
+    table(head, [[row[key] for key in ("name", "count", "shape", "stored", "bits", "bytes")] + ([f"{row['zeros']:.2%}"] if sparsity else []) for row in rows])
+    for stage in facts["lineage"]:
+        show(f"  made by {stage['method']} {stage['options']} from {stage['source']}")
+    return 0
+
+
+def diff(
+    a: Annotated[str, typer.Argument(metavar="A", help="a checkpoint")],
+    b: Annotated[str, typer.Argument(metavar="B", help="another")],
+    all_: Annotated[bool, typer.Option("--all", help="list equal tensors too")] = False,
+    allow_pickle: Annotated[bool, typer.Option("--allow-pickle", help="read .bin weights")] = False,
+    json: JSON = False,
+) -> int | None:
+    """Compare two checkpoints tensor by tensor, packed weights decoded, a few rows in memory at a time."""
+    from weightworks.store.comparison import compare
+
+    report = compare(a, b, allow_pickle=allow_pickle)
+    if json:
+        emit(report)
+        return 0
+    rows = [row for row in report["tensors"] if all_ or row["state"] != "equal"]
+    if rows:
+        table(
+            ["tensor", "state", "max |d|", "mean |d|", "relative", "cosine"],
+            [[row["name"], row["state"], *(row.get(key, "") for key in ("max", "mean", "relative", "cosine"))] for row in rows],
+        )
+    show(", ".join(f"{count} {state}" for state, count in report["counts"].items()))
+    return 0
+
+
+def verify(
+    model: MODEL,
+    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="run code that comes with the model")] = False,
+    allow_pickle: Annotated[bool, typer.Option("--allow-pickle", help="read .bin weights")] = False,
+    json: JSON = False,
+    quiet: QUIET = False,
+) -> int | None:
+    """The checks of "done" again, on any folder: files, values, a load by stock transformers, equal perplexity."""
+    from weightworks.plan.verify import verify as run
+
+    checks = run(model, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle)
+    if not quiet:
+        for check in checks:
+            show(f"  {'ok' if check['ok'] else 'FAILED':<6}  {check['check']}: {check['seen']}")
+    if json:
+        emit({"model": model, "ok": all(check["ok"] for check in checks), "checks": checks})
+    return 0 if all(check["ok"] for check in checks) else 4
+
+
+def methods(name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="a method")] = None, json: JSON = False) -> int | None:
+    """Every method, its paper and its options."""
+    from cli.describe import describe, listing
+
+    entries = catalog.methods()
+    if name is None:
+        rows = [{"method": entry.label, "summary": entry.summary} for entry in entries.values()]
+        emit(rows) if json else listing(rows)
+        return 0
+    found = [entry for entry in entries.values() if name in (entry.name, entry.label)]
+    if not found:
+        from weightworks.errors import nearest
+
+        raise UsageError(f"unknown method '{name}' ({nearest(name, [entry.name for entry in entries.values()])})")
+    for entry in found:
+        describe(entry, json=json)
+    return 0
+
+
+COMMANDS = {
+    "quantize": quantize, "evaluate": evaluate, "inspect": inspect, "diff": diff, "verify": verify, "methods": methods,
+}  # fmt: skip
+
+
+def build(typed: str | None) -> typer.Typer:
+    """The application; only the command ``typed`` gets the options of its methods."""
+    app = typer.Typer(
+        name="compress", no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False,
+        help="Make checkpoints smaller: quantize them, verified, resumable, larger than memory.",
+    )
+
+    @app.callback()
+    def root(
+        show_version: Annotated[
+            bool, typer.Option("--version", callback=version, is_eager=True, help="print the version and leave")
+        ] = False,
+    ) -> None:
+        pass
+
+    for name, function in COMMANDS.items():
+        extra = stage_parameters(name) if name == typed and name in catalog.SHELVES else []
+        app.command(name)(command(function, extra, guarded(function)))
+    return app
+
+
+def stage_parameters(kind: str) -> list[Any]:
+    """Options of all methods of a kind, and those common to every run."""
+    from weightworks.stage.settings import Settings
+
+    classes = {entry.name: entry.load().Options for entry in catalog.methods().values() if entry.kind == kind}
+    return [*parameters(classes, "Method"), *parameters({"": Settings}, "Run")]
+
+
+def main() -> None:
+    """Entry point of ``compress``."""
+    sys.argv[1:] = spell(sys.argv[1:])
+    typed = next((word for word in sys.argv[1:] if not word.startswith("-")), None)
+    build(typed)()
+
+

@@ -1,0 +1,102 @@
+"""Option classes turned into command-line parameters: one declaration, no second list.
+
+A command of a kind (``quantize``) offers the options of all its methods; which of them the chosen method has is checked
+when it is chosen, so an option it lacks is refused by name.
+"""
+
+from __future__ import annotations
+
+import inspect
+import types
+import typing
+from collections.abc import Callable, Iterable
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import typer
+from pydantic.fields import FieldInfo
+
+from weightworks.errors import UsageError
+from weightworks.options import Options
+
+ALIASES = {"num_samples": ["--nsamples"], "output_dir": ["-o"]}
+OPPOSITES = {"sym": "--asym"}
+
+
+def parameters(classes: dict[str, type[Options]], panel: str) -> list[inspect.Parameter]:
+    """Keyword parameters for the fields of ``classes`` (by owner), a field of one name once; all default to None.
+
+    None stands for "not given", so that a method's own default applies and presets can tell what was typed.
+    """
+    fields: dict[str, tuple[FieldInfo, list[str]]] = {}
+    for owner, options in classes.items():
+        for name, field in options.model_fields.items():
+            fields.setdefault(name, (field, []))[1].append(owner)
+    return [_parameter(name, field, owners, classes, panel) for name, (field, owners) in fields.items()]
+
+
+def given(values: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    """The options among ``names`` that were typed."""
+    return {name: values[name] for name in names if values.get(name) not in (None, [])}
+
+
+def refuse_foreign(values: dict[str, Any], options: type[Options], label: str, everyone: Iterable[str]) -> None:
+    """Refuse options that were typed but belong to another method."""
+    foreign = [name for name in given(values, everyone) if name not in options.model_fields]
+    if foreign:
+        flags = ", ".join("--" + name.replace("_", "-") for name in foreign)
+        raise UsageError(f"{label} has no option {flags}", hint=f"see: compress methods {label.split('.')[-1]}")
+
+
+def command(
+    function: Callable[..., Any], extra: list[inspect.Parameter], called: Callable[..., Any]
+) -> Callable[..., Any]:
+    """``called`` with the parameters of ``function`` and ``extra`` ones, all handed over as keywords."""
+    own = [p for p in inspect.signature(function).parameters.values() if p.kind is not p.VAR_KEYWORD]
+    hints = typing.get_type_hints(function, include_extras=True)
+    own = [p.replace(annotation=hints.get(p.name, p.annotation)) for p in own]
+
+    def run(**values: Any) -> Any:
+        return called(**values)
+
+    run.__doc__, run.__name__ = function.__doc__, function.__name__
+    run.__signature__ = inspect.Signature([*own, *extra])  # type: ignore[attr-defined]
+    run.__annotations__ = {p.name: p.annotation for p in [*own, *extra]}
+    return run
+
+
+def _parameter(
+    name: str, field: FieldInfo, owners: list[str], classes: dict[str, type[Options]], panel: str
+) -> inspect.Parameter:
+    flag = "--" + name.replace("_", "-")
+    kind, choices = _shape(field.annotation)
+    help_ = field.description or ""
+    if len(owners) < len(classes):
+        help_ += f" [{', '.join(owners)}]"
+    if choices:
+        help_ += f" ({'|'.join(choices)})"
+    default = field.get_default(call_default_factory=True)
+    if default is not None:
+        shown = " ".join(default) if isinstance(default, list) else ("sym" if name == "sym" else str(default))
+        help_ += f"; default: {shown}" if not isinstance(default, bool) or name == "sym" else ""
+    if kind is bool:
+        if name in OPPOSITES:
+            flags = [f"{flag}/{OPPOSITES[name]}"]
+        else:
+            flags = [f"{flag}/--no-{name.replace('_', '-')}"] if default else [flag]
+    else:
+        flags = [*ALIASES.get(name, []), flag]
+    option = typer.Option(*flags, help=help_, rich_help_panel=panel, show_default=False)
+    annotation = Annotated[list[str] if kind is list else Union[kind, None], option]  # noqa: UP007
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+
+
+def _shape(annotation: Any) -> tuple[Any, list[str]]:
+    """Plain type of a field's annotation, and its choices if it is a Literal."""
+    origin, args = get_origin(annotation), get_args(annotation)
+    if origin in (Union, types.UnionType):
+        return _shape(next(arg for arg in args if arg is not type(None)))
+    if origin is Literal:
+        return type(args[0]), [str(arg) for arg in args]
+    if origin is list:
+        return list, []
+    return annotation, []

@@ -1,0 +1,26 @@
+"""The ``weightworks`` command: ``weightworks compress ...``, for machines that have another ``compress``."""
+
+from __future__ import annotations
+
+import sys
+
+from cli.render import show
+
+
+def main() -> None:
+    """Entry point of ``weightworks``."""
+    word = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    if word == "compress":
+        del sys.argv[1]
+        from cli.compress_app import main as compress
+
+        compress()
+    elif word == "--version":
+        from cli.common import version
+
+        version(True)
+    elif word in ("--help", "-h"):
+        show("usage: weightworks compress ...\n\nThe compress command under a name no other package has.")
+    else:
+        show(f"error: unknown command '{word}' (known: compress)")
+        raise SystemExit(2)

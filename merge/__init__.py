@@ -1,0 +1,1 @@
+"""Merging of checkpoints. Its methods come with the merge engine."""
