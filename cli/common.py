@@ -44,7 +44,9 @@ def guarded(function: Callable[..., int | None]) -> Callable[..., None]:
             show("interrupted; run the same command again to go on where it stopped")
             code = INTERRUPTED
         except MemoryError:
-            show("error: out of memory\n  hint: give a smaller --max-memory, so that activations go to disk, or --num-samples")
+            show(
+                "error: out of memory\n  hint: give a smaller --max-memory, so that activations go to disk, or --num-samples"
+            )
             code = 1
         except BrokenPipeError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

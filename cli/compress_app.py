@@ -26,7 +26,9 @@ def quantize(
     output_dir: Annotated[
         Path | None, typer.Option("-o", "--output-dir", help="default: the model's name plus what was done, here")
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="print time, memory, disk and output size; write nothing")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="print time, memory, disk and output size; write nothing")
+    ] = False,
     json: JSON = False,
     quiet: QUIET = False,
     verbose: VERBOSE = False,
@@ -37,7 +39,14 @@ def quantize(
 
 
 def run_method(
-    kind: str, model: str, method: str, output_dir: Path | None, dry_run: bool, json: bool, quiet: bool, verbose: bool,
+    kind: str,
+    model: str,
+    method: str,
+    output_dir: Path | None,
+    dry_run: bool,
+    json: bool,
+    quiet: bool,
+    verbose: bool,
     values: dict[str, Any],
 ) -> int | None:
     """Run one method on one checkpoint and tell what came of it."""
@@ -61,7 +70,15 @@ def run_method(
 
     progress = Progress(quiet=quiet, verbose=verbose)
     outcome = run_stage(
-        kind, method, model, options, settings, output_dir=output_dir, dry_run=dry_run, progress=progress, announce=announce
+        kind,
+        method,
+        model,
+        options,
+        settings,
+        output_dir=output_dir,
+        dry_run=dry_run,
+        progress=progress,
+        announce=announce,
     )
     if dry_run:
         facts = outcome.estimate.facts() if outcome.estimate else {}
@@ -73,7 +90,14 @@ def run_method(
     if not quiet:
         show_outcome(outcome)
     if json:
-        emit({"target": str(outcome.target), "cached": outcome.cached, "seconds": outcome.seconds, **(outcome.provenance or {})})
+        emit(
+            {
+                "target": str(outcome.target),
+                "cached": outcome.cached,
+                "seconds": outcome.seconds,
+                **(outcome.provenance or {}),
+            }
+        )
     if settings.strict and outcome.fallbacks:
         raise DegradedError(
             f"{outcome.target}: done, but {len(outcome.fallbacks)} tensors needed a fallback",
@@ -107,7 +131,9 @@ def show_outcome(outcome: Any) -> None:
         show(f"already done: {outcome.target} was made by this very command and is intact")
     sizes, quality, checks = facts["size"], facts["quality"], facts["checks"]
     before, after = quality["dense"], quality["result"]
-    worst = sorted(facts["report"], key=lambda row: -row.get("relative_error", row.get("relative_weight_error", 0.0)))[:3]
+    worst = sorted(facts["report"], key=lambda row: -row.get("relative_error", row.get("relative_weight_error", 0.0)))[
+        :3
+    ]
     summary = {
         "written": str(outcome.target),
         "size": f"{size(sizes['bytes_out'])}, was {size(sizes['bytes_in'])} ({sizes['ratio']:.2f}x smaller)",
@@ -115,7 +141,11 @@ def show_outcome(outcome: Any) -> None:
         "perplexity": f"{before:.3f} -> {after:.3f} ({after / before - 1:+.2%}) on the built-in check text",
         "verified": f"{facts['tensors']['input']} tensors accounted for, read back, loaded by {checks['loader']}: "
         f"perplexity {checks['perplexity_reloaded']:.4f}, in memory {checks['perplexity_in_memory']:.4f}"
-        + ("" if checks["blocks_loaded"] == checks["blocks"] else f" (first {checks['blocks_loaded']} blocks, to stay in memory)"),
+        + (
+            ""
+            if checks["blocks_loaded"] == checks["blocks"]
+            else f" (first {checks['blocks_loaded']} blocks, to stay in memory)"
+        ),
         "worst tensors": ", ".join(
             f"{row['tensor'].removesuffix('.weight')} {row.get('relative_error', row.get('relative_weight_error', 0)):.2%}"
             for row in worst
@@ -130,11 +160,17 @@ def show_outcome(outcome: Any) -> None:
 def evaluate(
     models: Annotated[list[str], typer.Argument(metavar="MODEL...", help="folders or hub ids")],
     perplexity: Annotated[list[str], typer.Option("--perplexity", metavar="TEXT", help="text file; may be repeated")],
-    baseline: Annotated[str | None, typer.Option("--baseline", help="model the others are compared with; default: the first")] = None,
+    baseline: Annotated[
+        str | None, typer.Option("--baseline", help="model the others are compared with; default: the first")
+    ] = None,
     seq_len: Annotated[int, typer.Option("--seq-len", help="tokens a window; capped by the model", min=2)] = 2048,
-    max_tokens: Annotated[int | None, typer.Option("--max-tokens", help="score only so many tokens of each text", min=2)] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option("--max-tokens", help="score only so many tokens of each text", min=2)
+    ] = None,
     device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda")] = "auto",
-    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="run code that comes with the model")] = False,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="run code that comes with the model")
+    ] = False,
     allow_pickle: Annotated[bool, typer.Option("--allow-pickle", help="read .bin weights")] = False,
     json: JSON = False,
     quiet: QUIET = False,
@@ -144,13 +180,23 @@ def evaluate(
 
     texts = list(perplexity)
     report = run(
-        models, texts, baseline=baseline, seq_len=seq_len, max_tokens=max_tokens, device=device,
-        trust_remote_code=trust_remote_code, allow_pickle=allow_pickle, say=(lambda line: None) if quiet else show,
+        models,
+        texts,
+        baseline=baseline,
+        seq_len=seq_len,
+        max_tokens=max_tokens,
+        device=device,
+        trust_remote_code=trust_remote_code,
+        allow_pickle=allow_pickle,
+        say=(lambda line: None) if quiet else show,
     )
     if not quiet:
         rows = [
             [
-                row["model"], size(row["bytes"]), *(row["perplexity"][text] for text in texts), row["mean"],
+                row["model"],
+                size(row["bytes"]),
+                *(row["perplexity"][text] for text in texts),
+                row["mean"],
                 "" if row["model"] == report["baseline"] else f"{row['change']:+.2%} ± {row['error']:.2%}",
             ]
             for row in report["models"]
@@ -175,10 +221,22 @@ def inspect(
     if json:
         emit(facts)
         return 0
-    pairs({key: facts[key] for key in ("model", "architecture", "parameters", "bytes", "bits_a_parameter", "format", "files")})
+    pairs(
+        {
+            key: facts[key]
+            for key in ("model", "architecture", "parameters", "bytes", "bits_a_parameter", "format", "files")
+        }
+    )
     head = ["tensors", "count", "shape", "stored as", "bits", "bytes", *(["zeros"] if sparsity else [])]
     rows = facts["tensors"] if tensors else facts["groups"]
-    table(head, [[row[key] for key in ("name", "count", "shape", "stored", "bits", "bytes")] + ([f"{row['zeros']:.2%}"] if sparsity else []) for row in rows])
+    table(
+        head,
+        [
+            [row[key] for key in ("name", "count", "shape", "stored", "bits", "bytes")]
+            + ([f"{row['zeros']:.2%}"] if sparsity else [])
+            for row in rows
+        ],
+    )
     for stage in facts["lineage"]:
         show(f"  made by {stage['method']} {stage['options']} from {stage['source']}")
     return 0
@@ -202,7 +260,10 @@ def diff(
     if rows:
         table(
             ["tensor", "state", "max |d|", "mean |d|", "relative", "cosine"],
-            [[row["name"], row["state"], *(row.get(key, "") for key in ("max", "mean", "relative", "cosine"))] for row in rows],
+            [
+                [row["name"], row["state"], *(row.get(key, "") for key in ("max", "mean", "relative", "cosine"))]
+                for row in rows
+            ],
         )
     show(", ".join(f"{count} {state}" for state, count in report["counts"].items()))
     return 0
@@ -210,7 +271,9 @@ def diff(
 
 def verify(
     model: MODEL,
-    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="run code that comes with the model")] = False,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="run code that comes with the model")
+    ] = False,
     allow_pickle: Annotated[bool, typer.Option("--allow-pickle", help="read .bin weights")] = False,
     json: JSON = False,
     quiet: QUIET = False,
@@ -227,7 +290,9 @@ def verify(
     return 0 if all(check["ok"] for check in checks) else 4
 
 
-def methods(name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="a method")] = None, json: JSON = False) -> int | None:
+def methods(
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="a method")] = None, json: JSON = False
+) -> int | None:
     """Every method, its paper and its options."""
     from cli.describe import describe, listing
 
@@ -254,7 +319,11 @@ COMMANDS = {
 def build(typed: str | None) -> typer.Typer:
     """The application; only the command ``typed`` gets the options of its methods."""
     app = typer.Typer(
-        name="compress", no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False,
+        name="compress",
+        no_args_is_help=True,
+        add_completion=False,
+        rich_markup_mode=None,
+        pretty_exceptions_enable=False,
         help="Make checkpoints smaller: quantize them, verified, resumable, larger than memory.",
     )
 
@@ -285,5 +354,3 @@ def main() -> None:
     sys.argv[1:] = spell(sys.argv[1:])
     typed = next((word for word in sys.argv[1:] if not word.startswith("-")), None)
     build(typed)()
-
-

@@ -27,7 +27,15 @@ def describe(entry: Entry, *, json: bool) -> None:
         for name, field in schema.get("properties", {}).items()
     ]
     if json:
-        emit({"method": entry.label, "summary": entry.summary, "paper": module.PAPER, "version": module.VERSION, "options": options})
+        emit(
+            {
+                "method": entry.label,
+                "summary": entry.summary,
+                "paper": module.PAPER,
+                "version": module.VERSION,
+                "options": options,
+            }
+        )
         return
     show(f"{entry.label} (version {module.VERSION}): {entry.summary}")
     show(f"paper: {module.PAPER}")
@@ -42,7 +50,9 @@ def kind(field: dict[str, Any]) -> str:
         return " or ".join(kind(part) for part in field["anyOf"])
     if "const" in field:
         return str(field["const"])
-    text = {"null": "none", "integer": "int", "number": "float", "boolean": "yes/no"}.get(field.get("type", ""), field.get("type", ""))
+    text = {"null": "none", "integer": "int", "number": "float", "boolean": "yes/no"}.get(
+        field.get("type", ""), field.get("type", "")
+    )
     bounds = [
         f"{sign} {field[key]}"
         for key, sign in (("minimum", ">="), ("exclusiveMinimum", ">"), ("maximum", "<="), ("exclusiveMaximum", "<"))

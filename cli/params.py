@@ -44,7 +44,7 @@ def refuse_foreign(values: dict[str, Any], options: type[Options], label: str, e
     foreign = [name for name in given(values, everyone) if name not in options.model_fields]
     if foreign:
         flags = ", ".join("--" + name.replace("_", "-") for name in foreign)
-        raise UsageError(f"{label} has no option {flags}", hint=f"see: compress methods {label.split('.')[-1]}")
+        raise UsageError(f"{label} has no option {flags}", hint=f"see: compress methods {label.rsplit('.', maxsplit=1)[-1]}")
 
 
 def command(

@@ -69,4 +69,4 @@ def _cell(value: Any) -> str:
 
 
 def _number(cell: str) -> bool:
-    return cell[:1].isdigit() or cell[:1] in "+-" and cell[1:2].isdigit()
+    return cell[:1].isdigit() or (cell[:1] in "+-" and cell[1:2].isdigit())

@@ -46,7 +46,9 @@ class IntegerOptions(Options):
         preset = PRESETS.get(values.get("scheme") or "", {})
         for key, value in preset.items():
             if values.get(key, value) != value:
-                raise ValueError(f"scheme {values['scheme']} means {key} = {value}, but {key} = {values[key]} was given")
+                raise ValueError(
+                    f"scheme {values['scheme']} means {key} = {value}, but {key} = {values[key]} was given"
+                )
         return {**values, **preset}
 
     @field_validator("group_size")

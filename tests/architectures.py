@@ -84,22 +84,51 @@ def add_tokenizer(folder: Path) -> None:
 
 ARCHITECTURES: dict[str, Architecture] = {
     "llama": Architecture("llama", LLAMA),
-    "llama-tied-bfloat16-sharded": Architecture("llama", {**LLAMA, "tie_word_embeddings": True}, torch.bfloat16, shard="150KB"),
+    "llama-tied-bfloat16-sharded": Architecture(
+        "llama", {**LLAMA, "tie_word_embeddings": True}, torch.bfloat16, shard="150KB"
+    ),
     "mistral-sliding": Architecture("mistral", {**LLAMA, "sliding_window": 24}, torch.float16),
     "qwen2": Architecture("qwen2", {**LLAMA, "tie_word_embeddings": True}, torch.bfloat16),
     "qwen3": Architecture("qwen3", LLAMA, torch.bfloat16),
     "gemma2": Architecture("gemma2", {**LLAMA, "sliding_window": 24, "tie_word_embeddings": True}, torch.bfloat16),
     "gemma3": Architecture(
         "gemma3_text",
-        {**LLAMA, "num_hidden_layers": 3, "sliding_window": 24, "tie_word_embeddings": True, "sliding_window_pattern": 2},
+        {
+            **LLAMA,
+            "num_hidden_layers": 3,
+            "sliding_window": 24,
+            "tie_word_embeddings": True,
+            "sliding_window_pattern": 2,
+        },
     ),
     "phi3": Architecture("phi3", LLAMA, torch.bfloat16),
-    "opt": Architecture("opt", {**BASE, "hidden_size": 64, "ffn_dim": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
-                                "max_position_embeddings": 128, "word_embed_proj_dim": 64}, torch.float16),
+    "opt": Architecture(
+        "opt",
+        {
+            **BASE,
+            "hidden_size": 64,
+            "ffn_dim": 128,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "max_position_embeddings": 128,
+            "word_embed_proj_dim": 64,
+        },
+        torch.float16,
+    ),
     "gpt2": Architecture("gpt2", {**BASE, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 128}),
     "gpt2-base": Architecture("gpt2", {**BASE, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 128}, base=True),
-    "gpt_neox": Architecture("gpt_neox", {**BASE, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
-                                          "num_attention_heads": 4, "max_position_embeddings": 128}, torch.float16),
+    "gpt_neox": Architecture(
+        "gpt_neox",
+        {
+            **BASE,
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "max_position_embeddings": 128,
+        },
+        torch.float16,
+    ),
     "falcon": Architecture("falcon", {**BASE, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}),
     "bloom": Architecture("bloom", {**BASE, "hidden_size": 64, "n_layer": 2, "n_head": 4}),
     "mixtral": Architecture("mixtral", {**LLAMA, "num_local_experts": 4, "num_experts_per_tok": 2}),

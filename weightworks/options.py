@@ -27,7 +27,7 @@ class Options(BaseModel):
             return cls(**values)
         except ValidationError as error:
             lines = [cls._explain(problem, where) for problem in error.errors()]
-            raise UsageError("; ".join(lines), hint=f"see: compress methods {where.split('.')[-1]}") from None
+            raise UsageError("; ".join(lines), hint=f"see: compress methods {where.rsplit('.', maxsplit=1)[-1]}") from None
 
     @classmethod
     def _explain(cls, problem: Any, where: str) -> str:

@@ -61,21 +61,31 @@ def quantize(
     found = factor(hessian, order, damp_percent=damp_percent)
     if found.lower is None:
         codes = grid.round(grouped(weight, size), scale[..., None], zero[..., None]).view_as(weight)
-        return Quantized(scheme, codes.byte(), scale.to(grid.scale_dtype), zero.byte()), torch.zeros(weight.shape[0]), found
+        return (
+            Quantized(scheme, codes.byte(), scale.to(grid.scale_dtype), zero.byte()),
+            torch.zeros(weight.shape[0]),
+            found,
+        )
     codes, loss = torch.empty(weight.shape, dtype=torch.uint8), torch.empty(weight.shape[0])
     for start in range(0, weight.shape[0], ROWS):
         rows = slice(start, start + ROWS)
         grids = scale[rows].T.contiguous(), zero[rows].T.contiguous()  # [groups, rows]
         swept = weight[rows].T[order]  # [in, rows]
-        codes[rows, order], loss[rows] = sweep(swept, found.lower, grid, index.tolist(), grids, importance[order] if fits else None)
+        codes[rows, order], loss[rows] = sweep(
+            swept, found.lower, grid, index.tolist(), grids, importance[order] if fits else None
+        )
         scale[rows], zero[rows] = grids[0].T, grids[1].T
     moved = torch.empty_like(place).scatter_(0, order, place).int() if reorder and fits else None
     return Quantized(scheme, codes, scale.to(grid.scale_dtype), zero.byte(), moved), loss, found
 
 
 def sweep(
-    weight: torch.Tensor, lower: torch.Tensor, grid: Grid, index: Sequence[int],
-    grids: tuple[torch.Tensor, torch.Tensor], importance: torch.Tensor | None,
+    weight: torch.Tensor,
+    lower: torch.Tensor,
+    grid: Grid,
+    index: Sequence[int],
+    grids: tuple[torch.Tensor, torch.Tensor],
+    importance: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes uint8 [out, in] of ``weight`` [in, out], W's columns as rows in sweep order, and the loss by row [out].
 
@@ -146,7 +156,9 @@ class Method:
             fallbacks += found.steps
         facts = {"tokens": tokens, "damping": found.damping, "dead_inputs": dead}
         solutions = []
-        for part, error, total in zip(split(quantized, heights), loss.split(heights), energy.split(heights), strict=True):
+        for part, error, total in zip(
+            split(quantized, heights), loss.split(heights), energy.split(heights), strict=True
+        ):
             share = float(error[total > 0].sum() / total.sum()) if float(total.sum()) > 0 else 0.0
             solutions.append(Solution(part, {**facts, "relative_error": share}, list(fallbacks)))
         return solutions

@@ -26,8 +26,16 @@ class Blockwise:
     """A blockwise job on its way. ``reload_blocks`` is how many leading blocks the final reload check will load."""
 
     def __init__(
-        self, job: Job, writer: CheckpointWriter, calibration: Calibration, probe: torch.Tensor, dtype: torch.dtype,
-        *, on_disk: bool, statistics_bytes: int, reload_blocks: int,
+        self,
+        job: Job,
+        writer: CheckpointWriter,
+        calibration: Calibration,
+        probe: torch.Tensor,
+        dtype: torch.dtype,
+        *,
+        on_disk: bool,
+        statistics_bytes: int,
+        reload_blocks: int,
     ) -> None:
         self.job, self.writer, self.dtype = job, writer, dtype
         self.skeleton, self.method, self.device = job.skeleton, job.method, job.device
@@ -173,8 +181,11 @@ class Written:
         if self.job.format is None or self.job.scheme is None:
             return self.writer.read(name, dtype)
         weight = self.job.format.load(self.writer, linear.base, self.job.scheme).dequantize()
-        weight = weight.T if linear.transposed else weight
         return weight if dtype is None else weight.to(dtype)
+
+    def is_packed(self, name: str) -> bool:
+        """Whether ``read`` decodes the tensor."""
+        return name in self.job.linears and self.job.format is not None
 
 
 def bounded(stages: Sequence[Stage], limit: int) -> Iterator[list[Group]]:

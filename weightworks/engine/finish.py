@@ -33,8 +33,15 @@ def copy_rest(job: Job, writer: CheckpointWriter) -> None:
 
 
 def finish(
-    job: Job, writer: CheckpointWriter, identity: dict[str, Any], rows: list[dict[str, Any]], facts: dict[str, Any],
-    *, probe: torch.Tensor, in_memory: dict[str, Any], reload_blocks: int,
+    job: Job,
+    writer: CheckpointWriter,
+    identity: dict[str, Any],
+    rows: list[dict[str, Any]],
+    facts: dict[str, Any],
+    *,
+    probe: torch.Tensor,
+    in_memory: dict[str, Any],
+    reload_blocks: int,
 ) -> dict[str, Any]:
     """Verify what was written and publish it; returns the provenance.
 
@@ -56,7 +63,9 @@ def finish(
         error.hint = f"the output is left in {writer.staging} for inspection; nothing was published"
         raise
     except WeightworksError as error:
-        raise VerificationError(f"the staged output cannot be opened again: {error}", hint=str(writer.staging)) from error
+        raise VerificationError(
+            f"the staged output cannot be opened again: {error}", hint=str(writer.staging)
+        ) from error
     files |= {name: file_digest(writer.staging / name) for name in sorted(["config.json", *copied])}
     degraded = fallbacks(rows)
     provenance = {
@@ -71,7 +80,9 @@ def finish(
         "report": rows,
     }
     writer.write_text(PROVENANCE, json.dumps(provenance, indent=1, ensure_ascii=False) + "\n")
-    writer.write_text("README.md", model_card(job.checkpoint, job.target.name, provenance, needs_dequantize(staged)))
+    writer.write_text(
+        "README.md", model_card(job.checkpoint, job.target.name, provenance, needs_dequantize(staged, job.skeleton))
+    )
     writer.commit()
     return provenance
 
@@ -91,13 +102,19 @@ def verify(
     checks: dict[str, Any] = {"perplexity_in_memory": memory, "blocks_loaded": reload_blocks, "blocks": count}
     missing = stock_loader_missing(staged)
     if missing:
-        checks["loader"] = f"weightworks' own decoder (transformers would need {' and '.join(missing)}, not installed here)"
+        checks["loader"] = (
+            f"weightworks' own decoder (transformers would need {' and '.join(missing)}, not installed here)"
+        )
         checks["perplexity_reloaded"] = stream_perplexity(job, view, probe, reload_blocks)
     else:
-        checks["loader"] = "stock transformers" + (", dequantize=True" if needs_dequantize(staged) else "")
+        dequantize = needs_dequantize(staged, job.skeleton)
+        checks["loader"] = "stock transformers" + (", dequantize=True" if dequantize else "")
         job.progress.say("verifying: loading the folder with stock transformers", detail=True)
         losses = stock_losses(
-            staged, probe, blocks=None if reload_blocks == count else reload_blocks,
+            staged,
+            probe,
+            dequantize=dequantize,
+            blocks=None if reload_blocks == count else reload_blocks,
             trust_remote_code=job.settings.trust_remote_code,
         )
         checks["perplexity_reloaded"] = perplexity(losses)
@@ -123,7 +140,11 @@ def stream_perplexity(job: Job, view: DenseView, probe: torch.Tensor, blocks: in
 def account(job: Job) -> dict[str, Any]:
     """What became of every input tensor: transformed or copied, with the reason a matrix was left as it is."""
     copied = [name for name in job.checkpoint.tensors if name not in job.linears]
-    left = {name: job.kept.get(name, "unused by the model") for name in copied if name in job.kept or name in job.skeleton.unused}
+    left = {
+        name: job.kept.get(name, "unused by the model")
+        for name in copied
+        if name in job.kept or name in job.skeleton.unused
+    }
     return {
         "input": len(job.checkpoint.tensors),
         "transformed": len(job.linears),
@@ -146,7 +167,11 @@ def quantization_config(job: Job) -> dict[str, Any]:
 
 def output_config(job: Job) -> dict[str, Any]:
     """The source's configuration, with ``quantization_config`` exactly where weights are packed."""
-    config = {key: value for key, value in job.checkpoint.config.items() if key not in ("quantization_config", "sparsity_config")}
+    config = {
+        key: value
+        for key, value in job.checkpoint.config.items()
+        if key not in ("quantization_config", "sparsity_config")
+    }
     if job.format is not None:
         config["quantization_config"] = quantization_config(job)
     return config

@@ -104,7 +104,9 @@ class Job:
             if scheme is None:
                 break
             if scheme.group_size != -1 and linear.shape[1] % scheme.group_size:
-                problems[linear.tensor] = f"width {linear.shape[1]} is not divisible by the group size {scheme.group_size}"
+                problems[linear.tensor] = (
+                    f"width {linear.shape[1]} is not divisible by the group size {scheme.group_size}"
+                )
             elif self.format and (reason := self.format.refusal(scheme, linear.shape, transposed=linear.transposed)):
                 problems[linear.tensor] = reason
         if scheme is not None and scheme.reordered and self.format is None:

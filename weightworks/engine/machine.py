@@ -61,7 +61,10 @@ def pick_device(wanted: str) -> torch.device:
 def free_memory() -> int:
     """Bytes this process may still take: the least of free memory and the control group's limit."""
     free = psutil.virtual_memory().available
-    for limit, used in (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")):
+    for limit, used in (
+        ("memory.max", "memory.current"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    ):
         try:
             group = _control_group() if "/" not in limit else Path("/sys/fs/cgroup")
             bound = int((group / limit).read_text())

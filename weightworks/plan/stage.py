@@ -14,7 +14,7 @@ from weightworks.engine.blockwise import Blockwise, Written, prove_first
 from weightworks.engine.estimate import Estimate, estimate, refuse
 from weightworks.engine.finish import copy_rest, finish, stream_perplexity
 from weightworks.engine.job import Job, digest_of
-from weightworks.engine.machine import compute_dtype, pick_device
+from weightworks.engine.machine import compute_dtype, free_memory, pick_device
 from weightworks.engine.tensorwise import run_tensorwise
 from weightworks.errors import CalibrationError, OutputError
 from weightworks.report.progress import Progress
@@ -25,6 +25,7 @@ from weightworks.store.manifest import changed_files, read_provenance
 from weightworks.store.writer import CheckpointWriter, check_target
 from weightworks.stream.builtin import verification_text
 from weightworks.stream.calibration import Calibration, encode_all, load_tokenizer, load_windows
+from weightworks.stream.skeleton import Skeleton
 
 PROBE_WINDOWS, PROBE_LENGTH = 4, 256  # the check text: enough to tell a broken folder from a sound one
 
@@ -69,7 +70,7 @@ def run_stage(
         check_target(target, overwrite=settings.overwrite)
     job = Job(entry.label, module.VERSION, method, settings, checkpoint, target, progress, pick_device(settings.device))
     calibration = calibrate(job) if hasattr(method, "watch") else None
-    probe = check_windows(job)
+    probe = check_windows(checkpoint, job.skeleton, trust_remote_code=settings.trust_remote_code)
     dtype = compute_dtype(settings.dtype, stored_dtype(checkpoint), job.device) if calibration else torch.float32
     data = {} if calibration is None else {"calibration": calibration.digest, "dtype": str(dtype)}
     identity = job.identity(**data)
@@ -78,7 +79,12 @@ def run_stage(
         return Outcome(target, None, done, cached=True, seconds=time.monotonic() - started)
     if not dry_run:
         check_target(target, overwrite=settings.overwrite)
-    costs = estimate(job, tokens=None if calibration is None else tuple(calibration.tokens.shape), probe=tuple(probe.shape), dtype=dtype)
+    costs = estimate(
+        job,
+        tokens=None if calibration is None else tuple(calibration.tokens.shape),
+        probe=tuple(probe.shape),
+        dtype=dtype,
+    )
     if dry_run:
         return Outcome(target, costs, None, seconds=time.monotonic() - started)
     refuse(costs, target)
@@ -87,20 +93,35 @@ def run_stage(
 
 
 def execute(
-    job: Job, identity: dict[str, Any], calibration: Calibration | None, probe: torch.Tensor, dtype: torch.dtype, costs: Estimate
+    job: Job,
+    identity: dict[str, Any],
+    calibration: Calibration | None,
+    probe: torch.Tensor,
+    dtype: torch.dtype,
+    costs: Estimate,
 ) -> dict[str, Any]:
     """Do the work, verify and publish; a failure or interruption leaves the staging folder for the next run."""
     settings = job.settings
     writer = CheckpointWriter(
-        job.target, job.specs, {**identity, "staged": costs.reload_blocks}, max_shard_bytes=settings.shard_bytes,
-        overwrite=settings.overwrite, resume=settings.resume,
+        job.target,
+        job.specs,
+        {**identity, "staged": costs.reload_blocks},
+        max_shard_bytes=settings.shard_bytes,
+        overwrite=settings.overwrite,
+        resume=settings.resume,
     )
     job.progress.log_to(log_path(job.target))
     try:
         if calibration is not None:
             results = Blockwise(
-                job, writer, calibration, probe, dtype, on_disk=costs.on_disk,
-                statistics_bytes=costs.statistics_bytes, reload_blocks=costs.reload_blocks,
+                job,
+                writer,
+                calibration,
+                probe,
+                dtype,
+                on_disk=costs.on_disk,
+                statistics_bytes=costs.statistics_bytes,
+                reload_blocks=costs.reload_blocks,
             ).run()
             copy_rest(job, writer)
         else:
@@ -114,7 +135,14 @@ def execute(
         if calibration is not None:
             facts["calibration"] = calibration.facts()
         return finish(
-            job, writer, identity, results["rows"], facts, probe=probe, in_memory=results, reload_blocks=costs.reload_blocks
+            job,
+            writer,
+            identity,
+            results["rows"],
+            facts,
+            probe=probe,
+            in_memory=results,
+            reload_blocks=costs.reload_blocks,
         )
     finally:
         writer.close()
@@ -123,11 +151,18 @@ def execute(
 def calibrate(job: Job) -> Calibration:
     """The job's calibration windows, as its settings ask for them."""
     settings = job.settings
-    length = min(settings.seq_len, context_length(job))
+    length = min(settings.seq_len, context_length(job.skeleton))
     if settings.dataset == "self":
         from weightworks.stream.selfwritten import write_windows
 
-        return write_windows(job.checkpoint, settings.num_samples, length, settings.seed, settings.trust_remote_code)
+        return write_windows(
+            job.checkpoint,
+            settings.num_samples,
+            length,
+            settings.seed,
+            free_bytes=settings.memory_limit or free_memory(),
+            trust_remote_code=settings.trust_remote_code,
+        )
     return load_windows(
         settings.dataset,
         job.checkpoint.root,
@@ -138,13 +173,13 @@ def calibrate(job: Job) -> Calibration:
     )
 
 
-def check_windows(job: Job) -> torch.Tensor:
+def check_windows(checkpoint: Checkpoint, skeleton: Skeleton, *, trust_remote_code: bool) -> torch.Tensor:
     """Windows int64 [n, seq] of the built-in check text; seeded random tokens where there is no tokenizer."""
-    length = min(PROBE_LENGTH, context_length(job))
+    length = min(PROBE_LENGTH, context_length(skeleton))
     try:
-        tokenizer = load_tokenizer(job.checkpoint.root, trust_remote_code=job.settings.trust_remote_code)
+        tokenizer = load_tokenizer(checkpoint.root, trust_remote_code=trust_remote_code)
     except CalibrationError:
-        vocabulary = job.skeleton.model.config.get_text_config().vocab_size
+        vocabulary = skeleton.model.config.get_text_config().vocab_size
         generator = torch.Generator().manual_seed(0)
         return torch.randint(vocabulary, (PROBE_WINDOWS, length), generator=generator)
     tokens = encode_all(tokenizer, [verification_text()])
@@ -152,9 +187,9 @@ def check_windows(job: Job) -> torch.Tensor:
     return tokens[: tokens.numel() // length * length].view(-1, length)[:PROBE_WINDOWS]
 
 
-def context_length(job: Job) -> int:
+def context_length(skeleton: Skeleton) -> int:
     """Tokens the model can take, by its configuration."""
-    config = job.skeleton.model.config.get_text_config()
+    config = skeleton.model.config.get_text_config()
     return int(getattr(config, "max_position_embeddings", None) or 1 << 20)
 
 
@@ -219,4 +254,3 @@ def sizes(job: Job) -> dict[str, Any]:
         "bits_a_weight": 8 * changed / weights,
         "ratio": job.checkpoint.nbytes / sum(spec.nbytes for spec in job.specs),
     }
-

@@ -59,15 +59,20 @@ def model_card(source: Checkpoint, name: str, provenance: dict[str, Any], dequan
     rows.append(("format", str(options.get("format"))))
     degraded = provenance["fallbacks"]
     listed = "\n".join(f"- {line}" for line in degraded)
-    return TEMPLATE.format(
-        front=front_matter(source, bits),
-        name=name,
-        sentence=sentence,
-        facts="\n".join(f"| {key} | {value} |" for key, value in rows),
-        snippet=snippet(name, dequantize),
-        command=command(identity, source),
-        fallbacks=f"## Fallbacks\n\nOn these tensors the method could not be applied as asked:\n\n{listed}\n" if degraded else "",
-    ).rstrip() + "\n"
+    return (
+        TEMPLATE.format(
+            front=front_matter(source, bits),
+            name=name,
+            sentence=sentence,
+            facts="\n".join(f"| {key} | {value} |" for key, value in rows),
+            snippet=snippet(name, dequantize),
+            command=command(identity, source),
+            fallbacks=f"## Fallbacks\n\nOn these tensors the method could not be applied as asked:\n\n{listed}\n"
+            if degraded
+            else "",
+        ).rstrip()
+        + "\n"
+    )
 
 
 def source_name(source: Checkpoint) -> str:

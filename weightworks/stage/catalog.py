@@ -13,6 +13,7 @@ import sys
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from weightworks.errors import UsageError, nearest
@@ -75,17 +76,26 @@ def find(kind: str, name: str) -> Entry:
     return methods()[f"{kind}.{name}"]
 
 
+class _Deferred(ModuleType):
+    """Stands for a library until an attribute of it is wanted, then becomes a copy of it.
+
+    ``importlib.util.LazyLoader`` will not do: up to Python 3.12 a second ``import`` statement already loads the library.
+    """
+
+    def __getattr__(self, attribute: str) -> Any:
+        if sys.modules.get(self.__name__) is self:
+            del sys.modules[self.__name__]
+        library = importlib.import_module(self.__name__)
+        self.__dict__.update(library.__dict__)
+        return getattr(library, attribute)
+
+
 def defer(names: tuple[str, ...]) -> None:
-    """Let a later ``import`` of the named libraries return at once and load them when first used."""
+    """Let a later ``import`` of the named libraries return at once, and load each when first used."""
     for name in names:
-        if name not in sys.modules:
-            spec = importlib.util.find_spec(name)
-            if spec is None or spec.loader is None:
-                continue
-            spec.loader = importlib.util.LazyLoader(spec.loader)
-            module = importlib.util.module_from_spec(spec)
-            sys.modules[name] = module
-            spec.loader.exec_module(module)
+        if name not in sys.modules and (spec := importlib.util.find_spec(name)) is not None:
+            sys.modules[name] = _Deferred(name)
+            sys.modules[name].__spec__ = spec
 
 
 def _summary(path: Path) -> str:

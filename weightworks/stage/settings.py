@@ -9,13 +9,26 @@ from pydantic import Field, field_validator
 
 from weightworks.options import Options
 
-UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+UNITS = {
+    "": 1,
+    "B": 1,
+    "KB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "TB": 10**12,
+    "KIB": 2**10,
+    "MIB": 2**20,
+    "GIB": 2**30,
+    "TIB": 2**40,
+}
 
 
 class Settings(Options):
     """Settings common to all stages. Those that change the output's bytes are part of a stage's identity."""
 
-    dataset: str = Field("builtin", description="calibration text: builtin, self, FILE.txt|.jsonl|.parquet, or a hub data set")
+    dataset: str = Field(
+        "builtin", description="calibration text: builtin, self, FILE.txt|.jsonl|.parquet, or a hub data set"
+    )
     num_samples: int = Field(128, ge=1, description="calibration windows")
     seq_len: int = Field(2048, ge=2, description="tokens a window; capped by the model")
     seed: int = Field(0, ge=0, description="seed of every random choice")

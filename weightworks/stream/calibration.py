@@ -105,7 +105,9 @@ def load_windows(
         return choose(tokens, description(), num_samples, seq_len, seed)
     tokens = encode_all(tokenizer, read_texts(dataset))
     if tokens.numel() == 0:
-        raise CalibrationError(f"{dataset}: the text is empty", hint="give a text with words in it, or --dataset builtin")
+        raise CalibrationError(
+            f"{dataset}: the text is empty", hint="give a text with words in it, or --dataset builtin"
+        )
     return choose(tokens, _describe(dataset), num_samples, seq_len, seed)
 
 
@@ -141,7 +143,9 @@ def read_texts(dataset: str) -> list[str]:
     path = Path(dataset).expanduser()
     if path.suffix.lower() in (".txt", ".md", ".jsonl", ".json", ".parquet") or path.exists():
         if not path.is_file():
-            raise CalibrationError(f"{dataset}: no such file", hint="give .txt, .jsonl or .parquet, or 'builtin' or 'self'")
+            raise CalibrationError(
+                f"{dataset}: no such file", hint="give .txt, .jsonl or .parquet, or 'builtin' or 'self'"
+            )
         try:
             return _read_file(path)
         except (OSError, UnicodeDecodeError) as error:
@@ -179,7 +183,9 @@ def _row_text(row: Any, where: str) -> str:
         if parts:
             return "\n".join(parts) + "\n\n"
         keys = ", ".join(map(str, row))
-        raise CalibrationError(f"{where}: no text in fields {keys}", hint=f"expected one of: {', '.join(TEXT_FIELDS)}, messages")
+        raise CalibrationError(
+            f"{where}: no text in fields {keys}", hint=f"expected one of: {', '.join(TEXT_FIELDS)}, messages"
+        )
     raise CalibrationError(f"{where}: a row is {type(row).__name__}, a JSON object or string is expected")
 
 

@@ -17,7 +17,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from weightworks.stream.replay import BlockCall, _StopForward
-from weightworks.stream.skeleton import DenseReader, Piece, Skeleton, place
+from weightworks.stream.skeleton import DenseReader, Piece, Skeleton, is_transposed, place
 
 Address = tuple[str, "int | None"]  # parameter inside the block, expert index in a fused parameter
 
@@ -80,7 +80,7 @@ def block_linears(skeleton: Skeleton, index: int, dtypes: Mapping[str, torch.dty
         parameter = full.removeprefix(prefix + ".")
         tensor = skeleton.get(full)
         module = block.get_submodule(parameter.rpartition(".")[0])
-        transposed = type(module).__name__ == "Conv1D"
+        transposed = is_transposed(module)
         layer = tensor.ndim == 2 and parameter.endswith("weight") and (transposed or isinstance(module, nn.Linear))
         for piece in skeleton.pieces[full]:
             if layer or (tensor.ndim == 3 and piece.expert is not None):
@@ -141,7 +141,9 @@ def find_stages(
         called.setdefault(parameter, number)
     members: dict[tuple[object, ...], list[Linear]] = {}
     never = []
-    for linear in sorted(linears, key=lambda linear: list(called).index(linear.parameter) if linear.parameter in called else 0):
+    for linear in sorted(
+        linears, key=lambda linear: list(called).index(linear.parameter) if linear.parameter in called else 0
+    ):
         if linear.parameter not in called:
             never.append(linear)
             continue

@@ -79,7 +79,9 @@ def token_losses(
 
 def window_losses(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     """Negative log-likelihoods (nats) [batch, seq - 1] of ``tokens`` [batch, seq] under ``logits`` [batch, seq, vocabulary]."""
-    losses = torch.nn.functional.cross_entropy(logits[:, :-1].float().flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")
+    losses = torch.nn.functional.cross_entropy(
+        logits[:, :-1].float().flatten(0, 1), tokens[:, 1:].flatten(), reduction="none"
+    )
     return losses.view(tokens.shape[0], -1)
 
 
@@ -102,8 +104,14 @@ def run_block(
 
 @torch.no_grad()
 def stream_losses(
-    skeleton: Skeleton, reader: DenseReader, windows: Windows, states: Activations, *,
-    returns_tuple: bool, device: torch.device, blocks: int | None = None,
+    skeleton: Skeleton,
+    reader: DenseReader,
+    windows: Windows,
+    states: Activations,
+    *,
+    returns_tuple: bool,
+    device: torch.device,
+    blocks: int | None = None,
 ) -> torch.Tensor:
     """Per-token losses [n, seq - 1] of a checkpoint in float32, holding one block at a time.
 

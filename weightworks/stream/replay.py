@@ -67,7 +67,9 @@ class Calls:
                 return seen[id(tensor)]
 
             calls = [
-                BlockCall(tree_map_only(torch.Tensor, cast, c.args), tree_map_only(torch.Tensor, cast, c.kwargs), c.by_keyword)
+                BlockCall(
+                    tree_map_only(torch.Tensor, cast, c.args), tree_map_only(torch.Tensor, cast, c.kwargs), c.by_keyword
+                )
                 for c in self.blocks
             ]
             self._cast[dtype] = Calls(calls, dtype)

@@ -29,9 +29,11 @@ class Piece:
 
 
 class DenseReader(Protocol):
-    """Gives dense tensors by the checkpoint's names."""
+    """Gives dense tensors by the checkpoint's names; one that ``is_packed`` comes as [out, in] whatever its layer holds."""
 
     def read(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor: ...
+
+    def is_packed(self, name: str) -> bool: ...
 
 
 @dataclass
@@ -68,7 +70,8 @@ class Skeleton:
         like = getattr(module, leaf)
         pieces = self.pieces[name]
         if len(pieces) == 1 and pieces[0].expert is None:
-            return reader.read(pieces[0].tensor).to(dtype if like.dtype.is_floating_point else like.dtype)
+            tensor = reader.read(pieces[0].tensor).to(dtype if like.dtype.is_floating_point else like.dtype)
+            return tensor.T.contiguous() if is_transposed(module) and reader.is_packed(pieces[0].tensor) else tensor
         whole = torch.empty(like.shape, dtype=dtype)
         for piece in pieces:
             place(whole, piece).copy_(reader.read(piece.tensor))
@@ -86,6 +89,10 @@ class Skeleton:
         module, leaf = self._holders[name][0]
         return getattr(module, leaf)
 
+    def holder(self, name: str) -> nn.Module:
+        """The module that parameter ``name`` belongs to."""
+        return self._holders[name][0][0]
+
     def unload(self, names: list[str]) -> None:
         """Give the memory of the named parameters back."""
         for name in names:
@@ -97,6 +104,11 @@ class Skeleton:
             tensor = self.get(name)
             if tensor.dtype.is_floating_point and tensor.dtype != dtype:
                 self.assign(name, tensor.data.to(dtype))
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """Whether a layer holds its weight as [in, out]: transformers' ``Conv1D``."""
+    return type(module).__name__ == "Conv1D"
 
 
 def place(whole: torch.Tensor, piece: Piece) -> torch.Tensor:
@@ -222,6 +234,8 @@ def _converted(name: str, pattern: str, converter: Any) -> Piece:
             hint="convert the checkpoint once with transformers' save_pretrained, or report the architecture",
         )
     parts = len(converter.source_patterns) if "Concatenate" in operations else 1
-    found = re.search(pattern.replace(".", r"\.").replace(r"\.*\.", r"\.(\d+)\."), name) or re.search(r"\.(\d+)\.[^\d]*$", name)
+    found = re.search(pattern.replace(".", r"\.").replace(r"\.*\.", r"\.(\d+)\."), name) or re.search(
+        r"\.(\d+)\.[^\d]*$", name
+    )
     assert found is not None
     return Piece(name, int(found.group(1)), list(converter.source_patterns).index(pattern), parts)

@@ -17,12 +17,7 @@ HERE = Path(__file__).parent
 PIECE = 2_000  # characters taken in turn from each source: a few windows of one subject, then another
 BYTES_PER_TOKEN = 5  # generous: tokenizers of large models take about 4
 # Modules with more prose and plain code than tables; all are part of every CPython installation.
-MODULES = """argparse ast asyncio.base_events calendar collections contextlib copy csv dataclasses datetime decimal difflib
-doctest email.message enum fractions ftplib functools gettext glob gzip heapq html.parser http.client http.cookies
-imaplib inspect ipaddress json.decoder json.encoder locale logging mailbox numbers optparse pathlib pickle pickletools
-platform plistlib pprint pydoc queue random re._compiler reprlib sched selectors shelve shlex shutil smtplib socketserver
-statistics string subprocess tarfile tempfile textwrap threading timeit tokenize trace traceback types typing unittest.case
-unittest.mock urllib.parse urllib.request uuid warnings wave weakref xml.dom.minidom zipfile""".split()
+MODULES = ["argparse", "ast", "asyncio.base_events", "calendar", "collections", "contextlib", "copy", "csv", "dataclasses", "datetime", "decimal", "difflib", "doctest", "email.message", "enum", "fractions", "ftplib", "functools", "gettext", "glob", "gzip", "heapq", "html.parser", "http.client", "http.cookies", "imaplib", "inspect", "ipaddress", "json.decoder", "json.encoder", "locale", "logging", "mailbox", "numbers", "optparse", "pathlib", "pickle", "pickletools", "platform", "plistlib", "pprint", "pydoc", "queue", "random", "re._compiler", "reprlib", "sched", "selectors", "shelve", "shlex", "shutil", "smtplib", "socketserver", "statistics", "string", "subprocess", "tarfile", "tempfile", "textwrap", "threading", "timeit", "tokenize", "trace", "traceback", "types", "typing", "unittest.case", "unittest.mock", "urllib.parse", "urllib.request", "uuid", "warnings", "wave", "weakref", "xml.dom.minidom", "zipfile"]
 
 
 def description() -> str:

@@ -1,0 +1,101 @@
+"""What a checkpoint holds, from headers alone unless zeros are to be counted, and the stages it came through."""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any
+
+from weightworks.store.checkpoint import Checkpoint
+from weightworks.store.dense import DenseView
+from weightworks.store.manifest import read_provenance
+from weightworks.store.tensorfile import DTYPE_NAMES
+
+
+def inspect(source: str, *, sparsity: bool = False, allow_pickle: bool = False) -> dict[str, Any]:
+    """Facts about a checkpoint: ``tensors`` one by one, ``groups`` of alike ones (``layers.*.mlp.up_proj``), ``lineage``."""
+    checkpoint = Checkpoint.open(source, allow_pickle=allow_pickle)
+    view = DenseView(checkpoint)
+    tensors = [_row(view, name, sparsity) for name in view.names]
+    parameters = sum(row["elements"] for row in tensors)
+    return {
+        "model": str(checkpoint.root),
+        "architecture": ", ".join(checkpoint.config.get("architectures") or ["unknown"]),
+        "parameters": f"{parameters:,}",
+        "bytes": f"{checkpoint.nbytes:,}",
+        "bits_a_parameter": round(8 * checkpoint.nbytes / max(parameters, 1), 3),
+        "format": "dense"
+        if view.format is None or view.scheme is None
+        else f"{view.format.name}, {view.scheme.bits} bits, "
+        f"{'one scale a row' if view.scheme.group_size == -1 else f'groups of {view.scheme.group_size}'}, "
+        f"{'symmetric' if view.scheme.symmetric else 'asymmetric'}",
+        "files": sorted({info.shard for info in checkpoint.tensors.values()}),
+        "tensors": tensors,
+        "groups": _groups(tensors),
+        "lineage": lineage(read_provenance(checkpoint.root)),
+    }
+
+
+def lineage(provenance: dict[str, Any] | None) -> list[dict[str, Any]]:
+    """The stages behind a checkpoint, latest first."""
+    stages = []
+    while provenance:
+        identity = provenance["identity"]
+        stages.append(
+            {
+                "stage": provenance["stage"],
+                "method": identity["method"],
+                "options": ", ".join(
+                    f"{key} {value}" for key, value in identity["options"].items() if value not in (None, [])
+                ),
+                "source": provenance["source"]["name"],
+                "source_digest": identity["input"],
+            }
+        )
+        provenance = provenance["source"].get("made_by")
+    return stages
+
+
+def _row(view: DenseView, name: str, sparsity: bool) -> dict[str, Any]:
+    shape = view.shape(name)
+    elements = math.prod(shape)
+    if view.is_packed(name):
+        base = name.removesuffix(".weight")
+        parts = [
+            view.tensors[f"{base}.{suffix}"] for suffix in view.format.suffixes if f"{base}.{suffix}" in view.tensors
+        ]  # type: ignore[union-attr]
+        size, stored = sum(part.nbytes for part in parts), f"{view.scheme.bits}-bit codes"  # type: ignore[union-attr]
+    else:
+        size, stored = view.tensors[name].nbytes, DTYPE_NAMES[view.tensors[name].dtype]
+    row = {
+        "name": name,
+        "count": 1,
+        "shape": "x".join(map(str, shape)),
+        "elements": elements,
+        "stored": stored,
+        "bits": round(8 * size / max(elements, 1), 3),
+        "bytes": size,
+    }
+    if sparsity:
+        row["zeros"] = float((view.read(name) == 0).sum()) / max(elements, 1)
+    return row
+
+
+def _groups(tensors: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Tensors that differ in block or expert number only, as one row."""
+    groups: dict[tuple[str, ...], dict[str, Any]] = {}
+    for row in tensors:
+        name = re.sub(r"\.\d+\.", ".*.", re.sub(r"\.\d+\.", ".*.", row["name"]))
+        key = (name, row["shape"], row["stored"])
+        if key not in groups:
+            groups[key] = {**row, "name": name}
+            continue
+        group = groups[key]
+        if "zeros" in row:
+            group["zeros"] = (group["zeros"] * group["elements"] + row["zeros"] * row["elements"]) / (
+                group["elements"] + row["elements"]
+            )
+        for field in ("count", "elements", "bytes"):
+            group[field] += row[field]
+        group["bits"] = round(8 * group["bytes"] / max(group["elements"], 1), 3)
+    return list(groups.values())
