@@ -9,9 +9,9 @@ from typing import Annotated, Any
 import typer
 
 from cli.common import guarded, spell, version
-from cli.params import command, given, parameters, refuse_foreign
-from cli.render import duration, emit, pairs, show, size, table
-from weightworks.errors import DegradedError, UsageError
+from cli.params import command, given, parameters
+from cli.render import duration, emit, pairs, show, show_error, size, table
+from weightworks.errors import UsageError, nearest
 from weightworks.stage import catalog
 
 MODEL = Annotated[str, typer.Argument(metavar="MODEL", help="a local folder, or org/name[@revision] on the hub")]
@@ -50,15 +50,10 @@ def run_method(
     values: dict[str, Any],
 ) -> int | None:
     """Run one method on one checkpoint and tell what came of it."""
-    from weightworks.stage.settings import Settings
+    from weightworks.stage.settings import divide
 
     entry = catalog.find(kind, method)
-    own = entry.load().Options
-    common = given(values, Settings.model_fields)
-    refuse_foreign({k: v for k, v in values.items() if k not in Settings.model_fields}, own, entry.label, values)
-    settings = Settings.parse(common, where="compress " + kind)
-    options = given(values, own.model_fields)
-    own.parse(options, where=entry.label)  # a wrong value is refused before the libraries load
+    options, settings = divide(given(values), entry.load().Options, entry.label)  # refused before the libraries load
 
     from weightworks.plan.stage import run_stage
     from weightworks.report.progress import Progress
@@ -98,11 +93,9 @@ def run_method(
                 **(outcome.provenance or {}),
             }
         )
-    if settings.strict and outcome.fallbacks:
-        raise DegradedError(
-            f"{outcome.target}: done, but {len(outcome.fallbacks)} tensors needed a fallback",
-            hint="they are listed above, in provenance.json and in the model card",
-        )
+    if settings.strict and (degraded := outcome.degraded()):
+        show_error(degraded)
+        return degraded.exit_code
     return 0
 
 
@@ -197,7 +190,7 @@ def evaluate(
                 size(row["bytes"]),
                 *(row["perplexity"][text] for text in texts),
                 row["mean"],
-                "" if row["model"] == report["baseline"] else f"{row['change']:+.2%} ± {row['error']:.2%}",
+                against(row, report["baseline"]),
             ]
             for row in report["models"]
         ]
@@ -205,6 +198,13 @@ def evaluate(
     if json:
         emit(report)
     return 0
+
+
+def against(row: dict[str, Any], baseline: str) -> str:
+    """A model's change of perplexity in words."""
+    if row["model"] == baseline:
+        return ""
+    return "reads other tokens" if row["change"] is None else f"{row['change']:+.2%} ± {row['error']:.2%}"
 
 
 def inspect(
@@ -296,18 +296,19 @@ def methods(
     """Every method, its paper and its options."""
     from cli.describe import describe, listing
 
-    entries = catalog.methods()
+    entries = catalog.methods().values()
     if name is None:
-        rows = [{"method": entry.label, "summary": entry.summary} for entry in entries.values()]
-        emit(rows) if json else listing(rows)
+        rows = [{"method": entry.label, "summary": entry.summary} for entry in entries]
+        emit({"methods": rows}) if json else listing(rows)
         return 0
-    found = [entry for entry in entries.values() if name in (entry.name, entry.label)]
+    found = [entry for entry in entries if name in (entry.name, entry.label)]
     if not found:
-        from weightworks.errors import nearest
-
-        raise UsageError(f"unknown method '{name}' ({nearest(name, [entry.name for entry in entries.values()])})")
-    for entry in found:
-        describe(entry, json=json)
+        raise UsageError(
+            f"unknown method '{name}' ({nearest(name, [entry.name for entry in entries])})", hint="see: compress methods"
+        )
+    if len(found) > 1:
+        raise UsageError(f"'{name}' is the name of several methods: {', '.join(entry.label for entry in found)}")
+    describe(found[0], json=json)
     return 0
 
 

@@ -9,13 +9,12 @@ from __future__ import annotations
 import inspect
 import types
 import typing
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import typer
 from pydantic.fields import FieldInfo
 
-from weightworks.errors import UsageError
 from weightworks.options import Options
 
 ALIASES = {"num_samples": ["--nsamples"], "output_dir": ["-o"]}
@@ -34,17 +33,9 @@ def parameters(classes: dict[str, type[Options]], panel: str) -> list[inspect.Pa
     return [_parameter(name, field, owners, classes, panel) for name, (field, owners) in fields.items()]
 
 
-def given(values: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
-    """The options among ``names`` that were typed."""
-    return {name: values[name] for name in names if values.get(name) not in (None, [])}
-
-
-def refuse_foreign(values: dict[str, Any], options: type[Options], label: str, everyone: Iterable[str]) -> None:
-    """Refuse options that were typed but belong to another method."""
-    foreign = [name for name in given(values, everyone) if name not in options.model_fields]
-    if foreign:
-        flags = ", ".join("--" + name.replace("_", "-") for name in foreign)
-        raise UsageError(f"{label} has no option {flags}", hint=f"see: compress methods {label.rsplit('.', maxsplit=1)[-1]}")
+def given(values: dict[str, Any]) -> dict[str, Any]:
+    """The options that were typed."""
+    return {name: value for name, value in values.items() if value not in (None, [])}
 
 
 def command(
@@ -75,7 +66,7 @@ def _parameter(
     if choices:
         help_ += f" ({'|'.join(choices)})"
     default = field.get_default(call_default_factory=True)
-    if default is not None:
+    if default not in (None, []):
         shown = " ".join(default) if isinstance(default, list) else ("sym" if name == "sym" else str(default))
         help_ += f"; default: {shown}" if not isinstance(default, bool) or name == "sym" else ""
     if kind is bool:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import sys
 
+import weightworks
 from cli.render import show
+from weightworks.errors import nearest
 
 
 def main() -> None:
@@ -16,11 +18,9 @@ def main() -> None:
 
         compress()
     elif word == "--version":
-        from cli.common import version
-
-        version(True)
+        sys.stdout.write(f"weightworks {weightworks.__version__}\n")
     elif word in ("--help", "-h"):
         show("usage: weightworks compress ...\n\nThe compress command under a name no other package has.")
     else:
-        show(f"error: unknown command '{word}' (known: compress)")
+        show(f"error: unknown command '{word}' ({nearest(word, ['compress'])})")
         raise SystemExit(2)

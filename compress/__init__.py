@@ -1,1 +1,30 @@
-"""Compression of checkpoints: ``from compress import quantize``."""
+"""Compression of checkpoints, from Python.
+
+    from compress import evaluate, quantize
+
+    outcome = quantize("examples/tiny-llama", bits=4, output_dir="tiny-llama-w4")
+    report = evaluate(["examples/tiny-llama", str(outcome.target)], ["held-out.txt"])
+
+Both do what the commands of the same names do. Nothing heavy is imported before the first call.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+__all__ = ["evaluate", "quantize"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "evaluate":
+        from weightworks.plan.evaluate import evaluate
+
+        return evaluate
+    if name == "quantize":
+        return importlib.import_module("compress.quantize")
+    raise AttributeError(f"module 'compress' has no attribute '{name}'")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -21,13 +21,16 @@ CLIP_FLOOR = 0.2
 class Grid:
     """How ranges become grids: the scheme, the dtype scales are stored in, the smallest zero point allowed.
 
-    ``clip`` turns on the search for the clipping range. It minimises squared errors weighed by importance, or with
+    A symmetric grid has one level more below zero than above. By convention its scale is 2 max|w| / (2^bits - 1), which
+    clips the extreme weight by half a step; ``signed`` gives the scale the sign that lays the extreme weight exactly on
+    the outermost level (llama.cpp's Q4_0 does the same). ``clip`` turns on the search for the clipping range. It minimises squared errors weighed by importance, or with
     ``exponent`` the plain sum of errors to that power (2.4 in the GPTQ repository).
     """
 
     scheme: IntScheme
     scale_dtype: torch.dtype
     min_zero: int = 0
+    signed: bool = False
     clip: bool = False
     exponent: float | None = None
 
@@ -55,7 +58,9 @@ class Grid:
     def from_range(self, low: torch.Tensor, high: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Scale, as stored, and zero point of the range ``low`` <= 0 <= ``high``."""
         top = (1 << self.scheme.bits) - 1
-        if self.scheme.symmetric:
+        if self.scheme.symmetric and self.signed:
+            scale = torch.where(-low >= high, low, high) / -self.scheme.midpoint
+        elif self.scheme.symmetric:
             scale = 2 * torch.maximum(-low, high) / top
         else:
             scale = (high - low) / top
@@ -65,9 +70,10 @@ class Grid:
         return scale, torch.round(-low / scale).clamp(self.min_zero, top)
 
     def stored(self, scale: torch.Tensor) -> torch.Tensor:
-        """``scale`` rounded to its storage dtype, in float32; never zero, never subnormal there."""
+        """``scale`` rounded to its storage dtype, in float32; its magnitude never zero, never subnormal there."""
         smallest = max(TINY, torch.finfo(self.scale_dtype).tiny)
-        return scale.clamp(min=smallest).to(self.scale_dtype).float()
+        small = scale.abs() < smallest
+        return torch.where(small, smallest, scale).to(self.scale_dtype).float()
 
     def round(self, weight: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
         """Codes of ``weight``, as float32 integers."""

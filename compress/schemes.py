@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -56,6 +57,16 @@ class IntegerOptions(Options):
     def _group(cls, value: int) -> int:
         if value != -1 and value < 1:
             raise ValueError("must be -1 (per channel) or at least 1")
+        return value
+
+    @field_validator("ignore")
+    @classmethod
+    def _patterns(cls, value: list[str]) -> list[str]:
+        for pattern in value:
+            try:
+                re.compile(pattern.removeprefix("re:") if pattern.startswith("re:") else "")
+            except re.error as error:
+                raise ValueError(f"not a regular expression: {error}") from None
         return value
 
     @property

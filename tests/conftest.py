@@ -3,15 +3,57 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 import pytest
 import torch
+from commands import FEW, Commands
 from safetensors.torch import save_file
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache() -> Iterator[Path]:
+    """What the machine was measured to do is remembered in a place of the tests' own, never in the user's."""
+    with tempfile.TemporaryDirectory(prefix="weightworks-cache-") as folder:
+        before = os.environ.get("XDG_CACHE_HOME")
+        os.environ["XDG_CACHE_HOME"] = folder
+        yield Path(folder)
+        if before is None:
+            del os.environ["XDG_CACHE_HOME"]
+        else:
+            os.environ["XDG_CACHE_HOME"] = before
+
+
+@pytest.fixture(scope="session")
+def compress(own_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Commands]:
+    """The command ``compress`` in warm processes of its own."""
+    commands = Commands(tmp_path_factory.mktemp("compress"), {"XDG_CACHE_HOME": str(own_cache)})
+    yield commands
+    commands.stop()
+
+
+@pytest.fixture(scope="session")
+def quantized(compress: Commands, tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The embedded model after ``compress quantize`` with few calibration windows; not to be changed."""
+    target = tmp_path_factory.mktemp("quantized") / "tiny-w4"
+    run = compress("quantize", tiny_llama, *FEW, "-o", target)
+    assert run.code == 0, run.err
+    return target
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """For tests of matrices so small that a second thread would only be waited for."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 class CheckpointMaker(Protocol):

@@ -23,11 +23,18 @@ class Options(BaseModel):
 
         ``where`` names the owner in the message, for example ``quantize.gptq``.
         """
+        if problems := cls.problems(values, where=where):
+            raise UsageError("; ".join(problems), hint=f"see: compress methods {where.rsplit('.', maxsplit=1)[-1]}")
+        return cls(**values)
+
+    @classmethod
+    def problems(cls, values: dict[str, Any], *, where: str) -> list[str]:
+        """What is wrong with ``values``, a sentence each."""
         try:
-            return cls(**values)
+            cls(**values)
         except ValidationError as error:
-            lines = [cls._explain(problem, where) for problem in error.errors()]
-            raise UsageError("; ".join(lines), hint=f"see: compress methods {where.rsplit('.', maxsplit=1)[-1]}") from None
+            return [cls._explain(problem, where) for problem in error.errors()]
+        return []
 
     @classmethod
     def _explain(cls, problem: Any, where: str) -> str:

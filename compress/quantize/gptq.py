@@ -52,8 +52,8 @@ def quantize(
     hessian.diagonal()[dead] = 1
     weight[:, dead] = 0
     size = columns if scheme.group_size == -1 else scheme.group_size
-    order = importance.argsort(descending=True, stable=True) if reorder else torch.arange(columns)
-    place = torch.arange(columns) // size  # the group of the column at each place of the sweep
+    order = importance.argsort(descending=True, stable=True) if reorder else torch.arange(columns, device=hessian.device)
+    place = torch.arange(columns, device=hessian.device) // size  # the group of the column at each place of the sweep
     fits = not static_groups and size < columns
     index = order // size if static_groups else place
     scale, zero = grid.fit(grouped(weight, size), grouped(importance[None], size))  # [out, groups]
@@ -96,7 +96,9 @@ def sweep(
     """
     columns = weight.shape[0]
     scale, zero = grids
-    codes, loss = torch.empty(weight.shape, dtype=torch.uint8), torch.zeros(weight.shape[1])
+    device = weight.device
+    codes = torch.empty(weight.shape, dtype=torch.uint8, device=device)
+    loss = torch.zeros(weight.shape[1], device=device)
     group = index.count(index[0])
     block = BLOCK if group % BLOCK == 0 else group * max(1, BLOCK // group)
     for start in range(0, columns, block):
@@ -130,7 +132,7 @@ class Method:
 
     def solve(self, weights: Sequence[torch.Tensor], statistics: Hessian, targets: Sequence[Target]) -> list[Solution]:
         options = self.options
-        grid = Grid(self.scheme(), targets[0].scale_dtype, targets[0].min_zero, clip=options.clips)
+        grid = Grid(self.scheme(), targets[0].scale_dtype, targets[0].min_zero, signed=True, clip=options.clips)
         heights = [weight.shape[0] for weight in weights]
         tokens, dropped, columns = statistics.tokens, statistics.dropped, weights[0].shape[1]
         fallbacks = [f"{dropped} inputs were not finite and left out"] if dropped else []
@@ -166,7 +168,7 @@ class Method:
 
 def output_energy(weight: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:
     """tr(W H W') by row [out] on an even sample of rows, 0 elsewhere: what losses are relative to."""
-    energy = torch.zeros(weight.shape[0])
+    energy = torch.zeros(weight.shape[0], device=weight.device)
     step = max(1, weight.shape[0] // SAMPLE)
     rows = weight[::step]
     energy[::step] = ((rows @ hessian) * rows).sum(1)

@@ -27,7 +27,7 @@ class Method:
         return self.options.int_scheme()
 
     def apply(self, weight: torch.Tensor, target: Target) -> Solution:
-        grid = Grid(self.scheme(), target.scale_dtype, target.min_zero, clip=self.options.clips)
+        grid = Grid(self.scheme(), target.scale_dtype, target.min_zero, signed=True, clip=self.options.clips)
         groups = grouped(weight, self.options.group_size)  # [out, groups, group]
         scale, zero = grid.fit(groups)
         codes = grid.round(groups, scale[..., None], zero[..., None]).view_as(weight)

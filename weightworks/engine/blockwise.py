@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from weightworks.engine.job import Job
-from weightworks.store.writer import CheckpointWriter
+from weightworks.store.writer import CheckpointWriter, check_finite
 from weightworks.stream.activations import Activations
 from weightworks.stream.calibration import Calibration
 from weightworks.stream.linears import Group, Linear, Stage, find_stages, read_linear, watch, write_linear
@@ -23,7 +23,10 @@ PROOF_TOKENS = 16  # a window long enough for masks and positions to matter
 
 
 class Blockwise:
-    """A blockwise job on its way. ``reload_blocks`` is how many leading blocks the final reload check will load."""
+    """A blockwise job on its way. ``reload_blocks`` is how many leading blocks the final reload check will load.
+
+    It follows from memory, so a resumed run may have another than the run that was killed.
+    """
 
     def __init__(
         self,
@@ -49,7 +52,8 @@ class Blockwise:
 
     @torch.no_grad()
     def run(self) -> dict[str, Any]:
-        """Solve all blocks; returns ``rows`` and the probe's perplexities (dense, in memory, after ``reload_blocks``)."""
+        """Solve all blocks; returns ``rows`` and the probe's perplexities: dense, in memory, and after ``reload_blocks``
+        (None if it was not taken on the way)."""
         count, job = len(self.skeleton.blocks), self.job
         done = next(index for index in range(count + 1) if f"block {index}" not in self.writer.steps)
         if done:
@@ -66,7 +70,7 @@ class Blockwise:
             "rows": [row for step in steps for row in step["rows"]],
             "dense": dense,
             "result": result,
-            "partial": steps[self.reload_blocks - 1].get("perplexity", result),
+            "partial": result if self.reload_blocks == count else steps[self.reload_blocks - 1].get("perplexity"),
         }
 
     def _embed(self, done: int) -> None:
@@ -151,18 +155,28 @@ class Blockwise:
         )
 
 
-def prove_once(job: Job, writer: CheckpointWriter, probe: torch.Tensor) -> bool:
+def prove_once(job: Job, writer: CheckpointWriter, probe: torch.Tensor) -> int:
     """Prove the replay on the first windows of ``probe`` unless the journal says it was; returns ``returns_tuple``.
 
-    The parts outside the blocks must be loaded.
+    The parts outside the blocks must be loaded. NaN is found here, wherever it is.
     """
     if "proof" not in writer.steps:
-        tokens = probe[:2, :PROOF_TOKENS].to(job.device)
-        writer.done("proof", {"returns_tuple": prove(job.skeleton, job.view, tokens)})
-    return bool(writer.steps["proof"]["returns_tuple"])
+        check_outside(job)
+        returns_tuple = prove(job.skeleton, job.view, probe[:2, :PROOF_TOKENS].to(job.device))
+        writer.done("proof", {"returns_tuple": returns_tuple})
+    return int(writer.steps["proof"]["returns_tuple"])
 
 
-def prove_first(job: Job, writer: CheckpointWriter, probe: torch.Tensor) -> bool:
+def check_outside(job: Job) -> None:
+    """Refuse NaN in tensors outside the blocks and in those the model has no place for; the proof reads the others."""
+    blocks = (name for index in range(len(job.skeleton.blocks)) for name in job.skeleton.names_of(index))
+    inside = {piece.tensor for name in blocks for piece in job.skeleton.pieces[name]}
+    for name in job.checkpoint.tensors:
+        if name not in inside:
+            check_finite(name, job.view.read(name))
+
+
+def prove_first(job: Job, writer: CheckpointWriter, probe: torch.Tensor) -> int:
     """:func:`prove_once` for an engine that does not need the parts outside the blocks itself."""
     with shell(job.skeleton, job.view, job.device):
         return prove_once(job, writer, probe)

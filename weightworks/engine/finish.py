@@ -10,14 +10,15 @@ import torch
 from weightworks.engine.job import Job, digest_of, fallbacks
 from weightworks.errors import VerificationError, WeightworksError
 from weightworks.report.card import model_card
-from weightworks.store.checkpoint import Checkpoint, file_digest
+from weightworks.store.checkpoint import INDEX, Checkpoint, file_digest
 from weightworks.store.dense import DenseView
 from weightworks.store.manifest import PROVENANCE
 from weightworks.store.sidecars import copy_sidecars
 from weightworks.store.writer import CheckpointWriter
 from weightworks.stream.activations import Activations
 from weightworks.stream.passes import Windows, perplexity, stream_losses
-from weightworks.stream.reload import needs_dequantize, stock_loader_missing, stock_losses
+from weightworks.stream.reload import stock_loader_missing, stock_losses
+from weightworks.stream.skeleton import DenseReader
 
 TOLERANCE = 1e-3  # relative difference of perplexity between the saved folder and memory; float32 gives about 1e-6
 
@@ -66,8 +67,9 @@ def finish(
         raise VerificationError(
             f"the staged output cannot be opened again: {error}", hint=str(writer.staging)
         ) from error
-    files |= {name: file_digest(writer.staging / name) for name in sorted(["config.json", *copied])}
-    degraded = fallbacks(rows)
+    small = {"config.json", "quantize_config.json", INDEX, *copied}
+    files |= {name: file_digest(writer.staging / name) for name in sorted(small) if (writer.staging / name).is_file()}
+    degraded = fallbacks(rows) + job.uncovered()
     provenance = {
         "stage": digest_of(identity),
         "identity": identity,
@@ -80,9 +82,7 @@ def finish(
         "report": rows,
     }
     writer.write_text(PROVENANCE, json.dumps(provenance, indent=1, ensure_ascii=False) + "\n")
-    writer.write_text(
-        "README.md", model_card(job.checkpoint, job.target.name, provenance, needs_dequantize(staged, job.skeleton))
-    )
+    writer.write_text("README.md", model_card(job.checkpoint, job.target.name, provenance, checks["dequantize"]))
     writer.commit()
     return provenance
 
@@ -100,34 +100,38 @@ def verify(
     if memory is None:
         memory = stream_perplexity(job, view, probe, reload_blocks)
     checks: dict[str, Any] = {"perplexity_in_memory": memory, "blocks_loaded": reload_blocks, "blocks": count}
-    missing = stock_loader_missing(staged)
+    missing, reference = stock_loader_missing(staged), memory
+    checks["dequantize"] = False
     if missing:
         checks["loader"] = (
             f"weightworks' own decoder (transformers would need {' and '.join(missing)}, not installed here)"
         )
         checks["perplexity_reloaded"] = stream_perplexity(job, view, probe, reload_blocks)
     else:
-        dequantize = needs_dequantize(staged, job.skeleton)
-        checks["loader"] = "stock transformers" + (", dequantize=True" if dequantize else "")
         job.progress.say("verifying: loading the folder with stock transformers", detail=True)
-        losses = stock_losses(
+        loaded = stock_losses(
             staged,
+            job.skeleton,
             probe,
-            dequantize=dequantize,
             blocks=None if reload_blocks == count else reload_blocks,
             trust_remote_code=job.settings.trust_remote_code,
         )
-        checks["perplexity_reloaded"] = perplexity(losses)
-    difference = abs(checks["perplexity_reloaded"] / memory - 1)
+        checks["dequantize"] = loaded.dequantize
+        checks["loader"] = "stock transformers" + (", dequantize=True" if loaded.dequantize else "")
+        checks["perplexity_reloaded"] = perplexity(loaded.losses)
+        if loaded.rounds:
+            reference = stream_perplexity(job, loaded.weights, probe, reload_blocks)
+            checks |= {"perplexity_in_memory": reference, "perplexity_before_rounding": memory}
+    difference = abs(checks["perplexity_reloaded"] / reference - 1)
     if not difference <= TOLERANCE:
         raise VerificationError(
-            f"the saved folder has perplexity {checks['perplexity_reloaded']:.4f}, the run's own weights {memory:.4f} "
+            f"the saved folder has perplexity {checks['perplexity_reloaded']:.4f}, the run's own weights {reference:.4f} "
             f"(they may differ by {TOLERANCE:.1%}, differ by {difference:.1%})"
         )
     return checks
 
 
-def stream_perplexity(job: Job, view: DenseView, probe: torch.Tensor, blocks: int | None = None) -> float:
+def stream_perplexity(job: Job, view: DenseReader, probe: torch.Tensor, blocks: int | None = None) -> float:
     """Perplexity of ``probe`` [n, seq] in float32, one block in memory at a time."""
     hidden = int(job.skeleton.model.config.get_text_config().hidden_size)
     states = Activations((*probe.shape, hidden), torch.float32, job.target, "unused")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import fnmatch
 import hashlib
 import json
+import math
 import platform
 import re
 from collections.abc import Sequence
@@ -50,7 +51,7 @@ class Job:
     skeleton: Skeleton = field(init=False)
     blocks: list[list[Linear]] = field(init=False)
     kept: dict[str, str] = field(init=False, default_factory=dict)  # matrices inside blocks left as they are, and why
-    returns_tuple: bool = field(init=False, default=False)  # whether blocks return tuples, once the replay is proven
+    returns_tuple: int = field(init=False, default=0)  # length of the tuple blocks return, once that is proven
 
     def __post_init__(self) -> None:
         self.view = DenseView(self.checkpoint)
@@ -59,14 +60,17 @@ class Job:
                 f"{self.checkpoint.root}: is already quantized ({self.view.format.name}, {self.view.scheme.bits} bits)",
                 hint="start from the dense checkpoint it was made from",
             )
-        self.skeleton = build(self.checkpoint, self.view.names, trust_remote_code=self.settings.trust_remote_code)
+        self.skeleton = build(self.view, trust_remote_code=self.settings.trust_remote_code)
         dtypes = {name: info.dtype for name, info in self.checkpoint.tensors.items()}
         self.blocks = []
         for index in range(len(self.skeleton.blocks)):
             linears, others = block_linears(self.skeleton, index, dtypes)
-            self.kept.update((name, "not a plain linear layer") for name in others)
-            self.kept.update((linear.tensor, "ignored") for linear in linears if self._ignored(linear))
-            self.blocks.append([linear for linear in linears if not self._ignored(linear)])
+            for name in others:
+                ignored = self._ignored(name.removesuffix(".weight"))
+                self.kept[name] = "ignored" if ignored else "not a plain linear layer"
+            ignored = [linear for linear in linears if self._ignored(linear.base, linear.module)]
+            self.kept.update((linear.tensor, "ignored") for linear in ignored)
+            self.blocks.append([linear for linear in linears if linear not in ignored])
         self._check()
 
     @property
@@ -88,8 +92,7 @@ class Job:
         name = getattr(self.options, "format", "dense")
         return None if self.scheme is None or name == "dense" else find_format(name)
 
-    def _ignored(self, linear: Linear) -> bool:
-        names = {linear.base, linear.module}
+    def _ignored(self, *names: str) -> bool:
         return any(matches(pattern, name) for pattern in getattr(self.options, "ignored", ()) for name in names)
 
     def _check(self) -> None:
@@ -99,24 +102,29 @@ class Job:
                 f"{self.checkpoint.root}: nothing to do: no linear layer is left after --ignore",
                 hint=f"ignored: {', '.join(getattr(self.options, 'ignored', ()))}",
             )
-        scheme, problems = self.scheme, {}
+        scheme, problems, uneven = self.scheme, {}, False
         for linear in self.linears.values():
             if scheme is None:
                 break
+            expert = linear.piece.expert is not None
             if scheme.group_size != -1 and linear.shape[1] % scheme.group_size:
                 problems[linear.tensor] = (
                     f"width {linear.shape[1]} is not divisible by the group size {scheme.group_size}"
                 )
-            elif self.format and (reason := self.format.refusal(scheme, linear.shape, transposed=linear.transposed)):
+                uneven = True
+            elif self.format and (
+                reason := self.format.refusal(scheme, linear.shape, transposed=linear.transposed, expert=expert)
+            ):
                 problems[linear.tensor] = reason
-        if scheme is not None and scheme.reordered and self.format is None:
-            pass  # dense output needs no index
         if problems:
             lines = "\n".join(f"  {name}: {reason}" for name, reason in problems.items())
             widths = sorted({linear.shape[1] for linear in self.linears.values()})
+            way = (
+                f"widths here: {widths}; choose a --group-size that divides them, -1 for per channel, or --ignore them"
+            )
             raise MethodError(
                 f"{self.label} cannot quantize {len(problems)} of {len(self.linears)} tensors as asked:\n{lines}",
-                hint=f"widths here: {widths}; choose a --group-size that divides them, -1 for per channel, or --ignore them",
+                hint=way if uneven else "change what is named there, or --ignore these tensors",
             )
 
     @cached_property
@@ -156,7 +164,7 @@ class Job:
         row: dict[str, Any] = {"tensor": linear.tensor, "shape": list(linear.shape), "method": self.label}
         if isinstance(solution.weight, Quantized):
             row["bits"] = solution.weight.scheme.bits
-        names = [spec for spec in self.specs_of(linear)]
+        names = self.specs_of(linear)
         row["bytes_in"] = linear.shape[0] * linear.shape[1] * linear.dtype.itemsize
         row["bytes_out"] = sum(spec.nbytes for spec in names)
         row.update(solution.facts)
@@ -168,6 +176,16 @@ class Job:
         if self.format is None or self.scheme is None:
             return [TensorSpec(linear.tensor, linear.shape, linear.dtype)]
         return self.format.specs(linear.base, linear.shape, self.scheme, linear.dtype)
+
+    def uncovered(self) -> list[str]:
+        """One line a matrix that is as large as those changed, yet of a kind (fused experts) that is left as it is."""
+        smallest = min(linear.shape[0] * linear.shape[1] for linear in self.linears.values())
+        sizes = {name: math.prod(self.checkpoint.tensors[name].shape) for name in self.kept}
+        return [
+            f"{name}: left as it is, {reason}"
+            for name, reason in self.kept.items()
+            if reason != "ignored" and sizes[name] >= smallest
+        ]
 
     def ignored_modules(self) -> list[str]:
         """Names of linear layers that stay as they are, as loaders must be told (model's and checkpoint's spelling)."""

@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import time
 from pathlib import Path
 
 import psutil
 import torch
+
+from weightworks.errors import UsageError
 
 WORTH = 1.5  # how much faster a 16-bit product must be than float32 to be used: noise must not decide
 
@@ -55,6 +58,11 @@ def pick_device(wanted: str) -> torch.device:
     """The device of ``--device``; auto takes a GPU if there is one."""
     if wanted == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    found = re.fullmatch(r"cpu|cuda(?::(\d+))?", wanted)
+    if not found:
+        raise UsageError(f"--device {wanted}: unknown device", hint="known: auto, cpu, cuda, cuda:N")
+    if wanted != "cpu" and int(found.group(1) or 0) >= torch.cuda.device_count():
+        raise UsageError(f"--device {wanted}: this machine has {torch.cuda.device_count()} CUDA devices")
     return torch.device(wanted)
 
 

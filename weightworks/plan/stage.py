@@ -16,7 +16,7 @@ from weightworks.engine.finish import copy_rest, finish, stream_perplexity
 from weightworks.engine.job import Job, digest_of
 from weightworks.engine.machine import compute_dtype, free_memory, pick_device
 from weightworks.engine.tensorwise import run_tensorwise
-from weightworks.errors import CalibrationError, OutputError
+from weightworks.errors import CalibrationError, DegradedError, OutputError, WeightworksError
 from weightworks.report.progress import Progress
 from weightworks.stage import catalog
 from weightworks.stage.settings import Settings
@@ -45,6 +45,15 @@ class Outcome:
     def fallbacks(self) -> list[str]:
         return [] if self.provenance is None else list(self.provenance["fallbacks"])
 
+    def degraded(self) -> DegradedError | None:
+        """What ``--strict`` makes of a result that needed fallbacks."""
+        if not self.fallbacks:
+            return None
+        return DegradedError(
+            f"{self.target}: done, but the method could not be applied as asked in {len(self.fallbacks)} cases",
+            hint="they are listed in provenance.json and in the model card",
+        )
+
 
 def run_stage(
     kind: str,
@@ -66,6 +75,9 @@ def run_stage(
     method = module.Method(module.Options.parse(options, where=entry.label))
     checkpoint = Checkpoint.open(model, allow_pickle=settings.allow_pickle)
     target = (output_dir or default_target(checkpoint, name, method.options)).absolute()
+    root = checkpoint.root.resolve()
+    if target.resolve() in (root, *root.parents):
+        raise OutputError(f"{target}: is the input, or holds it; it would be replaced", hint="choose another --output-dir")
     if target.exists() and (not target.is_dir() or read_provenance(target) is None):
         check_target(target, overwrite=settings.overwrite)
     job = Job(entry.label, module.VERSION, method, settings, checkpoint, target, progress, pick_device(settings.device))
@@ -105,7 +117,7 @@ def execute(
     writer = CheckpointWriter(
         job.target,
         job.specs,
-        {**identity, "staged": costs.reload_blocks},
+        identity,
         max_shard_bytes=settings.shard_bytes,
         overwrite=settings.overwrite,
         resume=settings.resume,
@@ -144,8 +156,14 @@ def execute(
             in_memory=results,
             reload_blocks=costs.reload_blocks,
         )
+    except BaseException as error:
+        job.progress.note(f"{type(error).__name__}: {error}")
+        if isinstance(error, WeightworksError) and not writer.steps:
+            writer.discard()  # refused before work: there is nothing to continue
+        raise
     finally:
         writer.close()
+        job.progress.close()
 
 
 def calibrate(job: Job) -> Calibration:
@@ -189,8 +207,7 @@ def check_windows(checkpoint: Checkpoint, skeleton: Skeleton, *, trust_remote_co
 
 def context_length(skeleton: Skeleton) -> int:
     """Tokens the model can take, by its configuration."""
-    config = skeleton.model.config.get_text_config()
-    return int(getattr(config, "max_position_embeddings", None) or 1 << 20)
+    return skeleton.context_length
 
 
 def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
@@ -238,6 +255,8 @@ def resolved(job: Job, calibration: Calibration | None, dtype: torch.dtype) -> d
         facts["calibration"] = f"{windows} windows of {length} tokens from {calibration.source}"
         if windows < calibration.requested:
             facts["calibration"] += f" (asked for {calibration.requested}, the text has no more)"
+        if length < job.settings.seq_len:
+            facts["calibration"] += f" (asked for {job.settings.seq_len} tokens, the model takes no more)"
         facts["dtype"] = str(dtype).removeprefix("torch.")
     facts.update(seed=job.settings.seed, device=str(job.device))
     return facts

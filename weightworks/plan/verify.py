@@ -12,7 +12,7 @@ from weightworks.engine.finish import TOLERANCE
 from weightworks.engine.machine import free_memory
 from weightworks.errors import WeightworksError
 from weightworks.plan.stage import check_windows
-from weightworks.store.checkpoint import Checkpoint
+from weightworks.store.checkpoint import Checkpoint, resolve
 from weightworks.store.dense import DenseView
 from weightworks.store.manifest import changed_files, read_provenance
 from weightworks.store.writer import check_finite
@@ -20,21 +20,29 @@ from weightworks.stream.activations import Activations
 from weightworks.stream.passes import Windows, perplexity, shell, stream_losses
 from weightworks.stream.reload import stock_loader_missing, stock_losses
 from weightworks.stream.replay import prove
-from weightworks.stream.skeleton import Skeleton, build
+from weightworks.stream.skeleton import DenseReader, Skeleton, build
 
 
 def verify(source: str, *, trust_remote_code: bool = False, allow_pickle: bool = False) -> list[dict[str, Any]]:
-    """Every check with what was seen: ``check``, ``ok``, ``seen``. A failed check does not stop the later ones it allows."""
-    checkpoint = Checkpoint.open(source, allow_pickle=allow_pickle)
-    provenance = read_provenance(checkpoint.root)
-    checks = [_files(checkpoint.root, provenance), _values(checkpoint)]
-    view = DenseView(checkpoint)
-    if provenance is not None:
-        expected = provenance["tensors"]["input"]
-        checks.append(_check("tensors", len(view.names) == expected, f"{len(view.names)}, {expected} went in"))
-    if all(check["ok"] for check in checks):
+    """Every check with what was seen: ``check``, ``ok``, ``seen``. A failed check does not stop the later ones it allows.
+
+    Raises :class:`CheckpointError` where there is no checkpoint at all.
+    """
+    root = resolve(source, allow_pickle=allow_pickle)
+    try:
+        checkpoint = Checkpoint.open(root, allow_pickle=allow_pickle)
+        provenance, view = read_provenance(root), DenseView(checkpoint)
+    except WeightworksError as error:
+        return [_check("files", False, str(error))]
+    checks = [_files(root, provenance), _values(checkpoint)]
+    try:
+        skeleton = build(view, trust_remote_code=trust_remote_code)
+    except WeightworksError as error:
+        return [*checks, _check("tensors", False, str(error))]
+    checks.append(_tensors(view, provenance))
+    if checks[-1]["ok"] and checks[-2]["ok"]:
         try:
-            checks += _scores(checkpoint, view, provenance, trust_remote_code)
+            checks += _scores(view, skeleton, provenance, trust_remote_code)
         except WeightworksError as error:
             checks.append(_check("model", False, str(error)))
     return checks
@@ -60,38 +68,50 @@ def _values(checkpoint: Checkpoint) -> dict[str, Any]:
     return _check("values", True, f"{len(checkpoint.tensors)} tensors, no NaN, no infinity")
 
 
+def _tensors(view: DenseView, provenance: dict[str, Any] | None) -> dict[str, Any]:
+    """Whether every packed weight has all its parts, and as many tensors are there as went in."""
+    for name in view.names:
+        if view.is_packed(name):
+            try:
+                view.read(name)
+            except WeightworksError as error:
+                return _check("tensors", False, f"{name}: {error}")
+    if provenance is None:
+        return _check("tensors", True, f"{len(view.names)}, all that the model needs")
+    expected = provenance["tensors"]["input"]
+    return _check("tensors", len(view.names) == expected, f"{len(view.names)}, {expected} went in")
+
+
 def _scores(
-    checkpoint: Checkpoint, view: DenseView, provenance: dict[str, Any] | None, trust_remote_code: bool
+    view: DenseView, skeleton: Skeleton, provenance: dict[str, Any] | None, trust_remote_code: bool
 ) -> Iterator[dict[str, Any]]:
-    device = torch.device("cpu")
-    skeleton = build(checkpoint, view.names, trust_remote_code=trust_remote_code)
+    checkpoint, device = view.checkpoint, torch.device("cpu")
     probe = check_windows(checkpoint, skeleton, trust_remote_code=trust_remote_code)
     with shell(skeleton, view, device):
         returns_tuple = prove(skeleton, view, probe[:2, :16])
     yield _check("replay", True, f"{len(skeleton.blocks)} blocks reproduce the model's logits")
     blocks = blocks_that_fit(skeleton)
     shape = (*probe.shape, int(skeleton.model.config.get_text_config().hidden_size))
-    streamed = perplexity(
-        stream_losses(
-            skeleton,
-            view,
-            Windows(probe),
-            Activations(shape, torch.float32, checkpoint.root, "unused"),
-            returns_tuple=returns_tuple,
-            device=device,
-            blocks=blocks,
+
+    def score(reader: DenseReader) -> float:
+        states = Activations(shape, torch.float32, checkpoint.root, "unused")
+        losses = stream_losses(
+            skeleton, reader, Windows(probe), states, returns_tuple=returns_tuple, device=device, blocks=blocks
         )
-    )
+        return perplexity(losses)
+
+    streamed = score(view)
     whole = blocks == len(skeleton.blocks)
     part = "" if whole else f" (first {blocks} of {len(skeleton.blocks)} blocks: more do not fit in memory)"
     if missing := stock_loader_missing(checkpoint):
         yield _check("stock transformers", True, f"not tried: {' and '.join(missing)} not installed")
     else:
-        stock = perplexity(
-            stock_losses(checkpoint, probe, blocks=None if whole else blocks, trust_remote_code=trust_remote_code)
+        loaded = stock_losses(
+            checkpoint, skeleton, probe, blocks=None if whole else blocks, trust_remote_code=trust_remote_code
         )
-        ok = abs(stock / streamed - 1) <= TOLERANCE
-        yield _check("stock transformers", ok, f"perplexity {stock:.4f}, decoded by weightworks {streamed:.4f}{part}")
+        stock, decoded = perplexity(loaded.losses), score(loaded.weights) if loaded.rounds else streamed
+        ok = abs(stock / decoded - 1) <= TOLERANCE
+        yield _check("stock transformers", ok, f"perplexity {stock:.4f}, decoded by weightworks {decoded:.4f}{part}")
     if provenance is not None and whole:
         recorded = provenance["quality"]["result"]
         ok = abs(streamed / recorded - 1) <= TOLERANCE

@@ -26,8 +26,7 @@ class Progress:
 
     def say(self, text: str, *, detail: bool = False) -> None:
         """One line; a ``detail`` is shown with ``-v`` only, but always logged."""
-        if self._log:
-            self._log.write(f"{time.monotonic() - self._started:9.1f}s {text}\n")
+        self.note(text)
         if self.quiet or (detail and not self.verbose):
             return
         if self._bar is not None:
@@ -35,6 +34,11 @@ class Progress:
         else:
             self.stream.write(text + "\n")
             self.stream.flush()
+
+    def note(self, text: str) -> None:
+        """One line in the log alone."""
+        if self._log:
+            self._log.write(f"{time.monotonic() - self._started:9.1f}s {text}\n")
 
     def begin(self, label: str, total: int, done: int = 0) -> None:
         """A stretch of ``total`` steps, ``done`` of them finished earlier."""

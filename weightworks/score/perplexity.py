@@ -48,9 +48,9 @@ def score(
     view: DenseView, options: Options, *, device: torch.device, trust_remote_code: bool = False
 ) -> dict[str, Score]:
     """Scores by text. Raises :class:`CalibrationError` for a missing or too short text."""
-    skeleton = build(view.checkpoint, view.names, trust_remote_code=trust_remote_code)
+    skeleton = build(view, trust_remote_code=trust_remote_code)
     config = skeleton.model.config.get_text_config()
-    length = min(options.seq_len, int(getattr(config, "max_position_embeddings", None) or options.seq_len))
+    length = min(options.seq_len, skeleton.context_length)
     tokenizer = load_tokenizer(view.checkpoint.root, trust_remote_code=trust_remote_code)
     windows = {}
     for text in options.texts:

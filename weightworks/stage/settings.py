@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
+from weightworks.errors import UsageError, nearest
 from weightworks.options import Options
 
 UNITS = {
@@ -60,6 +62,22 @@ class Settings(Options):
         size = parse_size(self.max_shard_size)
         assert size is not None
         return size
+
+
+def divide(values: Mapping[str, Any], own: type[Options], label: str) -> tuple[dict[str, Any], Settings]:
+    """``values`` as those of the method ``label`` with options ``own`` (checked, defaults left out), and the settings.
+
+    Raises one :class:`UsageError` for all unknown names, near ones suggested, and all wrong values.
+    """
+    known = {*own.model_fields, *Settings.model_fields}
+    options = {name: value for name, value in values.items() if name in own.model_fields}
+    common = {name: value for name, value in values.items() if name in Settings.model_fields}
+    problems = [f"{label} has no option '{name}' ({nearest(name, known)})" for name in values if name not in known]
+    problems += own.problems(options, where=label) + Settings.problems(common, where=label)
+    if problems:
+        kind, _, name = label.partition(".")
+        raise UsageError("; ".join(problems), hint=f"see: compress methods {name}, compress {kind} --help")
+    return options, Settings(**common)
 
 
 def parse_size(text: str) -> int | None:

@@ -56,10 +56,10 @@ class DenseView:
         """Shape of the dense tensor, from headers alone (GPTQ layouts give [out, in])."""
         if not self.is_packed(name):
             return self.checkpoint.info(name).shape
-        base = name.removesuffix(".weight")
-        if f"{base}.weight_shape" in self.tensors:
+        base, info = name.removesuffix(".weight"), self.checkpoint.info
+        if self.format is not None and "weight_shape" in self.format.suffixes:
             return tuple(int(n) for n in self.checkpoint.read(f"{base}.weight_shape"))
-        return self.tensors[f"{base}.qweight"].shape[1], self.tensors[f"{base}.g_idx"].shape[0]
+        return info(f"{base}.qweight").shape[1], info(f"{base}.g_idx").shape[0]
 
     def read(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
         """The dense tensor; a packed weight is decoded to [out, in] in float32."""

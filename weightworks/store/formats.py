@@ -43,8 +43,10 @@ class Format(Protocol):
     name: str
     suffixes: tuple[str, ...]
 
-    def refusal(self, scheme: IntScheme, shape: tuple[int, int], *, transposed: bool) -> str | None:
-        """Why a weight [out, in] of this scheme cannot be stored, or None."""
+    def refusal(
+        self, scheme: IntScheme, shape: tuple[int, int], *, transposed: bool, expert: bool = False
+    ) -> str | None:
+        """Why a weight [out, in] of this scheme cannot be stored, or None; ``expert``: models fuse it with others."""
 
     def scale_dtype(self, weight_dtype: torch.dtype) -> torch.dtype:
         """The dtype scales are stored in; codes must be computed against it."""
@@ -69,11 +71,15 @@ class CompressedTensors:
     name: str = "compressed-tensors"
     suffixes: tuple[str, ...] = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
 
-    def refusal(self, scheme: IntScheme, shape: tuple[int, int], *, transposed: bool) -> str | None:
+    def refusal(
+        self, scheme: IntScheme, shape: tuple[int, int], *, transposed: bool, expert: bool = False
+    ) -> str | None:
         if transposed:
             return "its layer is a Conv1D, which compressed-tensors loaders do not replace; use --format gptq or dense"
         if scheme.reordered:
             return "compressed-tensors has no g_idx; use --act-order static, or --format gptq"
+        if expert and not scheme.symmetric:  # transformers 5.23 drops the zero points of experts
+            return "transformers cannot load asymmetric experts from compressed-tensors; use --sym, or --format gptq_v2"
         return None
 
     def scale_dtype(self, weight_dtype: torch.dtype) -> torch.dtype:
@@ -148,7 +154,9 @@ class Gptq:
     version: int = 1
     suffixes: tuple[str, ...] = ("qweight", "qzeros", "scales", "g_idx")
 
-    def refusal(self, scheme: IntScheme, shape: tuple[int, int], *, transposed: bool) -> str | None:
+    def refusal(
+        self, scheme: IntScheme, shape: tuple[int, int], *, transposed: bool, expert: bool = False
+    ) -> str | None:
         if shape[0] % 32 or shape[1] % 32:
             return f"its shape {list(shape)} must be multiples of 32 for the gptq layout"
         return None

@@ -14,10 +14,13 @@ SUFFIXES = {".json", ".model", ".txt", ".jinja", ".py", ".tiktoken", ".bpe", ".m
 def sidecars(root: Path) -> list[Path]:
     """Files of a checkpoint folder that a stage copies unchanged, sorted by name.
 
-    Weight indexes, weights and earlier reports are not among them; one level of folders is (``additional_chat_templates``).
+    Weight indexes, weights and earlier reports are not among them; one level of folders is (``additional_chat_templates``),
+    unless it is a checkpoint of its own or one in the making.
     """
     files = [path for path in root.iterdir() if path.is_file()]
-    files += [path for folder in root.iterdir() if folder.is_dir() for path in folder.iterdir() if path.is_file()]
+    folders = [path for path in root.iterdir() if path.is_dir() and path.suffix != ".partial"]
+    folders = [folder for folder in folders if not (folder / "config.json").exists()]
+    files += [path for folder in folders for path in folder.iterdir() if path.is_file()]
     return sorted(path for path in files if _carried(path.relative_to(root)))
 
 

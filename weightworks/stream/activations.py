@@ -35,9 +35,9 @@ class Activations:
         return self.shape[1] * self.shape[2] * self.dtype.itemsize
 
     def read(self, start: int, stop: int) -> torch.Tensor:
-        """Windows ``start:stop``, [n, seq, hidden]."""
+        """A copy of windows ``start:stop``, [n, seq, hidden]: blocks may write into their input."""
         if self._memory is not None:
-            return self._memory[start:stop]
+            return self._memory[start:stop].clone()
         out = torch.empty((stop - start, *self.shape[1:]), dtype=self.dtype)
         return read_bytes(self._path(self._step), start * self.row_bytes, out)
 

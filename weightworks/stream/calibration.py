@@ -165,10 +165,21 @@ def _read_file(path: Path) -> list[str]:
                     raise CalibrationError(f"{path}, line {number}: not valid JSON ({error})") from None
         return rows
     if kind == ".parquet":
-        import pyarrow.parquet
-
-        return [_row_text(row, str(path)) for row in pyarrow.parquet.read_table(path).to_pylist()]
+        return [_row_text(row, str(path)) for row in _parquet_rows(path)]
     return [path.read_text(encoding="utf-8")]
+
+
+def _parquet_rows(path: Path) -> list[Any]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise CalibrationError(f"{path}: reading parquet needs pyarrow", hint="pip install pyarrow") from None
+    try:
+        rows: list[Any] = pyarrow.parquet.read_table(path).to_pylist()
+    except pyarrow.ArrowException as error:
+        raise CalibrationError(f"{path}: cannot be read as parquet: {error}") from None
+    return rows
 
 
 def _row_text(row: Any, where: str) -> str:
@@ -190,8 +201,12 @@ def _row_text(row: Any, where: str) -> str:
 
 
 def _hub_rows(dataset: str) -> Iterator[Any]:
-    from datasets import load_dataset
-
+    try:
+        from datasets import load_dataset
+    except ImportError:
+        raise CalibrationError(
+            f"{dataset}: no such file; reading a hub data set of that name needs datasets", hint="pip install datasets"
+        ) from None
     name, _, revision = dataset.partition("@")
     try:
         rows = load_dataset(name, split="train", streaming=True, revision=revision or None)

@@ -1,8 +1,8 @@
 """The linear maps of a block, found by watching it run: which weights multiply which inputs, and in what order.
 
-Any product whose weight is a parameter of the block is seen, be it ``nn.Linear``, GPT-2's transposed ``Conv1D`` or one
-expert's slice of a fused parameter. Weights that read the same input form a group and share its statistics; groups that
-can be solved together form a stage. Stages come in the order of the forward pass.
+Any product whose weight is a parameter of the block is seen, be it ``nn.Linear``, GPT-2's transposed ``Conv1D``, plain
+``x @ W.T`` or one expert's slice of a fused parameter. Weights that read the same input form a group and share its
+statistics; groups that can be solved together form a stage. Stages come in the order of the forward pass.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from weightworks.stream.replay import BlockCall, _StopForward
 from weightworks.stream.skeleton import DenseReader, Piece, Skeleton, is_transposed, place
 
 Address = tuple[str, "int | None"]  # parameter inside the block, expert index in a fused parameter
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)  # no matrices, and small where language models have them
+MATMULS = (torch.matmul, torch.mm, torch.Tensor.matmul, torch.Tensor.mm, torch.Tensor.__matmul__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +90,7 @@ def block_linears(skeleton: Skeleton, index: int, dtypes: Mapping[str, torch.dty
                 shape = (rows // piece.parts, columns)
                 name = full.rpartition(".")[0]
                 linears.append(Linear(piece.tensor, shape, parameter, piece, name, transposed, dtypes[piece.tensor]))
-            elif tensor.ndim >= 2:
+            elif tensor.ndim >= 2 and isinstance(tensor, nn.Parameter) and not isinstance(module, CONVOLUTIONS):
                 others.append(piece.tensor)
     return linears, others
 
@@ -107,10 +109,12 @@ class _Products(TorchFunctionMode):
             self._match(args[1] if len(args) > 1 else kwargs["weight"], args[0] if args else kwargs["input"])
         elif func is torch.addmm and len(args) == 3:  # Conv1D: bias + x W with W [in, out]
             self._match(args[2], args[1])
+        elif func in MATMULS and len(args) == 2:
+            self._match(args[1], args[0])
         return func(*args, **kwargs)
 
     def _match(self, weight: torch.Tensor, inputs: torch.Tensor) -> None:
-        found = self.parameters.get(weight.untyped_storage().data_ptr())
+        found = self.parameters.get(weight.untyped_storage().data_ptr()) if weight.ndim == 2 else None
         if found is not None:
             name, parameter = found
             expert = weight.storage_offset() // parameter[0].numel() if parameter.ndim == 3 else None
@@ -123,16 +127,16 @@ def find_stages(
 ) -> tuple[list[Stage], list[Linear]]:
     """The stages ``linears`` of loaded block ``index`` form, and those of them the block never multiplies with.
 
-    ``hidden`` [batch, seq, hidden] is any input. All experts of a fused parameter are found once one of them is called.
+    ``hidden`` [batch, seq, hidden] is any input. All experts are found once one of them is called.
     """
     block = skeleton.blocks[index][1]
     order: dict[Address, int] = {}  # product -> number of its input
-    numbers: dict[tuple[int, int], int] = {}
+    numbers: dict[tuple[int, int, int], int] = {}
     alive = []  # inputs stay referenced, else an address could come back for another tensor
 
     def seen(address: Address, x: torch.Tensor) -> None:
         alive.append(x)
-        order.setdefault(address, numbers.setdefault((x.data_ptr(), x.numel()), len(numbers)))
+        order.setdefault(address, numbers.setdefault((x.data_ptr(), x.numel(), x._version), len(numbers)))
 
     with _Products(block, seen):
         call.run(block, hidden)
@@ -140,20 +144,31 @@ def find_stages(
     for (parameter, _), number in order.items():
         called.setdefault(parameter, number)
     members: dict[tuple[object, ...], list[Linear]] = {}
-    never = []
+    unseen = []
     for linear in sorted(
         linears, key=lambda linear: list(called).index(linear.parameter) if linear.parameter in called else 0
     ):
         if linear.parameter not in called:
-            never.append(linear)
+            unseen.append(linear)
             continue
         shared = (called[linear.parameter],) if linear.piece.expert is None else linear.address
         members.setdefault(shared, []).append(linear)
     stages: dict[str, list[Group]] = {}
+    homes: dict[str, list[Group]] = {}
     for group in members.values():
-        similar = re.sub(r"\.\d+\.", ".*.", group[0].parameter)  # experts kept as separate layers are solved together
-        stages.setdefault(similar, []).append(Group(group[0].address, tuple(group)))
+        stage = stages.setdefault(_kind(group[0]), [])  # experts kept as separate layers are solved together
+        stage.append(Group(group[0].address, tuple(group)))
+        homes.update((_kind(linear), stage) for linear in group)
+    for linear in unseen:  # an expert that these inputs did not reach goes with those they did: others may reach it
+        if _kind(linear) in homes:
+            homes[_kind(linear)].append(Group(linear.address, (linear,)))
+    never = [linear for linear in unseen if _kind(linear) not in homes]
     return [Stage(tuple(groups)) for groups in stages.values()], never
+
+
+def _kind(linear: Linear) -> str:
+    """The parameter's name without the number of its expert."""
+    return re.sub(r"\.\d+\.", ".*.", linear.parameter)
 
 
 @torch.no_grad()

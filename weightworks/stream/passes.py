@@ -37,7 +37,7 @@ class Windows:
         """The calls for a batch of ``count`` windows."""
         return self.calls[count].to(dtype)
 
-    def capture(self, skeleton: Skeleton, *, returns_tuple: bool, device: torch.device) -> None:
+    def capture(self, skeleton: Skeleton, *, returns_tuple: int, device: torch.device) -> None:
         """Capture the calls for every batch size that occurs; the parts outside the blocks must be loaded."""
         for start, stop in self.slices():
             if stop - start not in self.calls:
@@ -63,7 +63,7 @@ def shell(skeleton: Skeleton, reader: DenseReader, device: torch.device) -> Iter
 
 @torch.no_grad()
 def token_losses(
-    skeleton: Skeleton, windows: Windows, states: Activations, *, returns_tuple: bool, device: torch.device
+    skeleton: Skeleton, windows: Windows, states: Activations, *, returns_tuple: int, device: torch.device
 ) -> torch.Tensor:
     """Negative log-likelihoods (nats) float32 [n, seq - 1] from the last block's output.
 
@@ -109,7 +109,7 @@ def stream_losses(
     windows: Windows,
     states: Activations,
     *,
-    returns_tuple: bool,
+    returns_tuple: int,
     device: torch.device,
     blocks: int | None = None,
 ) -> torch.Tensor:

@@ -7,13 +7,14 @@ import importlib.util
 import io
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, redirect_stderr
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 
+from weightworks.errors import VerificationError
 from weightworks.store.checkpoint import Checkpoint
 from weightworks.store.dense import DenseView
 from weightworks.store.formats import packed_scheme
@@ -34,20 +35,53 @@ def stock_loader_missing(checkpoint: Checkpoint) -> list[str]:
     return [name for name in needs if importlib.util.find_spec(name) is None]
 
 
-@torch.no_grad()
+@dataclass(frozen=True)
+class Reload:
+    """What stock transformers made of a folder.
+
+    ``losses`` are per token, [n, seq - 1]; ``dequantize`` says that it had to be asked for dense weights; ``weights``
+    gives the weights it ran with.
+    """
+
+    losses: torch.Tensor
+    dequantize: bool
+    weights: Rounded
+
+    @property
+    def rounds(self) -> bool:
+        """Whether it ran with weights other than the folder's codes and scales mean in float32."""
+        return any(dtype != torch.float32 for dtype in self.weights.dtypes.values())
+
+
 def stock_losses(
     checkpoint: Checkpoint,
+    skeleton: Skeleton,
     tokens: torch.Tensor,
     *,
-    dequantize: bool = False,
     blocks: int | None = None,
     trust_remote_code: bool = False,
-) -> torch.Tensor:
-    """Per-token losses [n, seq - 1] of the folder as stock transformers loads it, in float32.
+) -> Reload:
+    """Load the folder with stock transformers and run it in float32.
 
-    ``dequantize`` asks for dense weights at load; ``blocks`` loads a model of so many leading blocks: the rest of the
-    file is left unread.
+    Packed folders that it does not load as they are (asymmetric ones, some models' own initialisation) are loaded with
+    ``dequantize=True``. ``blocks`` loads a model of so many leading blocks: the rest of the file is left unread. Raises
+    :class:`VerificationError` when it cannot be loaded.
     """
+    view = DenseView(checkpoint)
+    try:
+        losses = _losses(checkpoint, tokens, blocks, trust_remote_code, dequantize=False)
+        return Reload(losses, False, Rounded(view, _experts(skeleton)))
+    except VerificationError:
+        if view.format is None or view.format.name != "compressed-tensors":
+            raise
+    losses = _losses(checkpoint, tokens, blocks, trust_remote_code, dequantize=True)
+    return Reload(losses, True, Rounded(view, view.names))
+
+
+@torch.no_grad()
+def _losses(
+    checkpoint: Checkpoint, tokens: torch.Tensor, blocks: int | None, trust_remote_code: bool, *, dequantize: bool
+) -> torch.Tensor:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.from_pretrained(checkpoint.root, trust_remote_code=trust_remote_code)
@@ -58,29 +92,38 @@ def stock_losses(
         from transformers import CompressedTensorsConfig
 
         options["quantization_config"] = CompressedTensorsConfig(dequantize=True)  # the rest comes from the folder
-    with _quiet():
-        model = AutoModelForCausalLM.from_pretrained(
-            checkpoint.root, config=config, dtype=torch.float32, trust_remote_code=trust_remote_code, **options
-        ).eval()
-        return torch.cat([window_losses(model(row, use_cache=False).logits, row) for row in tokens.split(1)])
+    try:
+        with _quiet():
+            model = AutoModelForCausalLM.from_pretrained(
+                checkpoint.root, config=config, dtype=torch.float32, trust_remote_code=trust_remote_code, **options
+            ).eval()
+            for parameter in model.parameters():
+                if parameter.dtype in (torch.bfloat16, torch.float16):  # experts keep theirs, whatever was asked for
+                    parameter.data = parameter.data.float()
+            return torch.cat([window_losses(model(row, use_cache=False).logits, row) for row in tokens.split(1)])
+    except (torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:  # whatever the loader raises, the folder is not what it should be
+        reason = (str(error).strip() or "no text").splitlines()[0]
+        raise VerificationError(f"transformers cannot load the folder ({type(error).__name__}: {reason})") from error
 
 
-def needs_dequantize(checkpoint: Checkpoint, skeleton: Skeleton) -> bool:
-    """Whether transformers loads this folder only with ``CompressedTensorsConfig(dequantize=True)``.
+class Rounded:
+    """Dense weights, the packed ones among ``names`` in the dtype of their scales, as loaders unpack them."""
 
-    True of asymmetric compressed-tensors, whose packed zero points the loader gives a wrong shape (transformers 5.23);
-    of mixtures of experts, whose fused parameters it can fill from dense experts only; and of layers with a class of
-    their own, whose initialisation may reach for a dense weight.
-    """
-    packed = packed_scheme(checkpoint)
-    if packed is None or packed[0].name != "compressed-tensors":
-        return False
-    view = DenseView(checkpoint)
-    return not packed[1].symmetric or any(
-        view.is_packed(piece.tensor) and (piece.expert is not None or type(skeleton.holder(name)) is not nn.Linear)
-        for name, pieces in skeleton.pieces.items()
-        for piece in pieces
-    )
+    def __init__(self, view: DenseView, names: Iterable[str]) -> None:
+        self.view, self.is_packed = view, view.is_packed
+        scales = {name: view.tensors.get(name.removesuffix("weight") + "weight_scale") for name in names}
+        self.dtypes = {name: scale.dtype for name, scale in scales.items() if scale is not None}
+
+    def read(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
+        weight = self.view.read(name, self.dtypes.get(name))
+        return weight if dtype is None else weight.to(dtype)
+
+
+def _experts(skeleton: Skeleton) -> list[str]:
+    """Names of the experts that models hold fused: transformers unpacks those in any case."""
+    return [piece.tensor for pieces in skeleton.pieces.values() for piece in pieces if piece.expert is not None]
 
 
 def shorten(config: Any, blocks: int) -> None:

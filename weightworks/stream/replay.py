@@ -15,9 +15,9 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map_only
 
-from weightworks.errors import ArchitectureError
+from weightworks.errors import ArchitectureError, WeightworksError
 from weightworks.store.writer import check_finite
-from weightworks.stream.skeleton import DenseReader, Skeleton
+from weightworks.stream.skeleton import DenseReader, Skeleton, place
 
 PROOF_TOLERANCE = 1e-4  # relative to the largest logit; the two passes run the same kernels, so 0 is usual
 
@@ -91,8 +91,15 @@ def _forwards(skeleton: Skeleton, make: Callable[[int, nn.Module], Callable[...,
 def _hidden_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
     hidden = args[0] if args else kwargs.get("hidden_states")
     if not isinstance(hidden, torch.Tensor) or hidden.ndim != 3:
-        raise ArchitectureError("blocks do not take hidden states [batch, seq, hidden] as their first argument")
+        raise ArchitectureError(
+            "blocks do not take hidden states [batch, seq, hidden] as their first argument, so they cannot be streamed"
+        )
     return hidden
+
+
+def _in_turn(index: int, due: int) -> None:
+    if index != due:
+        raise ArchitectureError(f"the model calls block {index} of its list where block {due} is due")
 
 
 @torch.no_grad()
@@ -102,6 +109,7 @@ def embed(skeleton: Skeleton, tokens: torch.Tensor) -> torch.Tensor:
 
     def make(index: int, block: nn.Module) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
+            _in_turn(index, 0)
             seen.append(_hidden_of(args, kwargs))
             raise _StopForward
 
@@ -112,22 +120,30 @@ def embed(skeleton: Skeleton, tokens: torch.Tensor) -> torch.Tensor:
             skeleton.model(input_ids=tokens, use_cache=False)
         except _StopForward:
             pass
+    if not seen:
+        raise ArchitectureError(f"{type(skeleton.model).__name__} never calls the blocks of its list")
+    if seen[0].shape[:2] != tokens.shape:
+        raise ArchitectureError(
+            f"blocks take hidden states {list(seen[0].shape)} for tokens {list(tokens.shape)}; "
+            "[batch, seq, hidden] is expected"
+        )
     return seen[0]
 
 
 @torch.no_grad()
-def capture(skeleton: Skeleton, tokens: torch.Tensor, *, returns_tuple: bool) -> Calls:
+def capture(skeleton: Skeleton, tokens: torch.Tensor, *, returns_tuple: int) -> Calls:
     """All arguments of all blocks for windows of the shape of ``tokens``; hidden states pass through untouched."""
     calls: list[BlockCall] = []
 
     def make(index: int, block: nn.Module) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
             hidden = _hidden_of(args, kwargs)
+            _in_turn(index, len(calls))
             rest = {key: value for key, value in kwargs.items() if args or key != "hidden_states"}
             calls.append(BlockCall(tuple(args[1:]), rest, by_keyword=not args))
             if index == len(skeleton.blocks) - 1:
                 raise _StopForward
-            return (hidden,) if returns_tuple else hidden
+            return _output(hidden, returns_tuple)
 
         return forward
 
@@ -141,33 +157,65 @@ def capture(skeleton: Skeleton, tokens: torch.Tensor, *, returns_tuple: bool) ->
     return Calls(calls)
 
 
+def _output(hidden: torch.Tensor, returns_tuple: int) -> Any:
+    """What a block returns in the place of its own output: the proof shows that nothing but ``hidden`` is needed."""
+    return (hidden, *[None] * (returns_tuple - 1)) if returns_tuple else hidden
+
+
 @torch.no_grad()
-def tail(skeleton: Skeleton, tokens: torch.Tensor, hidden: torch.Tensor, *, returns_tuple: bool) -> torch.Tensor:
+def tail(skeleton: Skeleton, tokens: torch.Tensor, hidden: torch.Tensor, *, returns_tuple: int) -> torch.Tensor:
     """Logits [batch, seq, vocabulary] from the last block's output, by the model's own final layers."""
 
     def make(index: int, block: nn.Module) -> Callable[..., Any]:
-        return lambda *args, **kwargs: (hidden,) if returns_tuple else hidden
+        return lambda *args, **kwargs: _output(hidden, returns_tuple)
 
     with _forwards(skeleton, make):
         return skeleton.model(input_ids=tokens, use_cache=False).logits
 
 
 @torch.no_grad()
-def prove(skeleton: Skeleton, reader: DenseReader, tokens: torch.Tensor) -> bool:
-    """Check, block by block as weights stream through, that the replay reproduces the model; returns ``returns_tuple``.
+def prove(skeleton: Skeleton, reader: DenseReader, tokens: torch.Tensor) -> int:
+    """Check, block by block as weights stream through, that the replay reproduces the model.
+
+    Returns ``returns_tuple``: the length of the tuple that blocks return, 0 if they return a tensor.
 
     ``tokens`` [2, seq]: arguments are captured on the first window, hidden states and logits compared on the second, so
     arguments that depend on the tokens are found out. Weights are scanned for NaN on the way. The parts outside the
     blocks must be loaded. Raises :class:`ArchitectureError` with the measured difference, :class:`MethodError` on NaN.
     """
+    name = type(skeleton.model).__name__
+    try:
+        returns_tuple, difference = _compare(skeleton, reader, tokens)
+    except (WeightworksError, torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:  # whatever the model's own code raises, it does not stand being taken apart
+        reason = (str(error).strip() or "no text").splitlines()[0]
+        raise ArchitectureError(
+            f"{name}: its forward pass fails once its blocks are called one by one ({type(error).__name__}: {reason}), "
+            "so it cannot be streamed",
+            hint="nothing was changed; please report the architecture",
+        ) from error
+    if not difference <= PROOF_TOLERANCE:
+        raise ArchitectureError(
+            f"{name}: replaying its blocks one by one gives logits that differ by {difference:.2e} of their range "
+            f"(at most {PROOF_TOLERANCE:.0e} is accepted), so it cannot be streamed",
+            hint="its blocks depend on the tokens or on earlier blocks beyond their hidden states; nothing was changed",
+        )
+    return returns_tuple
+
+
+def _compare(skeleton: Skeleton, reader: DenseReader, tokens: torch.Tensor) -> tuple[int, float]:
+    """The length of the tuple blocks return (0: a tensor), and the largest error of the replayed logits, relative."""
     first, second = tokens[:1], tokens[1:2]
-    state: dict[str, Any] = {"tuple": False, "calls": None}
+    state: dict[str, Any] = {"tuple": 0, "calls": None}
 
     def load(index: int) -> None:
         names = skeleton.names_of(index)
-        skeleton.load(reader, names, torch.float32)
+        skeleton.load(reader, names, torch.float32, tokens.device)
         for name in names:
-            check_finite(skeleton.pieces[name][0].tensor, skeleton.get(name))
+            pieces, whole = skeleton.pieces[name], skeleton.get(name)
+            for piece in pieces:
+                check_finite(piece.tensor, place(whole, piece) if len(pieces) > 1 else whole)
 
     def make(index: int, block: nn.Module) -> Callable[..., Any]:
         own = type(block).forward
@@ -186,20 +234,13 @@ def prove(skeleton: Skeleton, reader: DenseReader, tokens: torch.Tensor) -> bool
     load(0)
     hidden = embed(skeleton, second)
     probe = _first_output(skeleton, first)
-    state["tuple"] = not isinstance(probe, torch.Tensor)
+    state["tuple"] = 0 if isinstance(probe, torch.Tensor) else len(probe)
     state["calls"] = capture(skeleton, first, returns_tuple=state["tuple"])
     state["replayed"] = hidden
     with _forwards(skeleton, make):
         expected = skeleton.model(input_ids=second, use_cache=False).logits
     replayed = tail(skeleton, second, state["replayed"], returns_tuple=state["tuple"])
-    difference = float((expected - replayed).abs().max()) / max(float(expected.abs().max()), 1e-30)
-    if not difference <= PROOF_TOLERANCE:
-        raise ArchitectureError(
-            f"{type(skeleton.model).__name__}: replaying its blocks one by one gives logits that differ by "
-            f"{difference:.2e} of their range (at most {PROOF_TOLERANCE:.0e} is accepted), so it cannot be streamed",
-            hint="nothing was changed; please report the architecture",
-        )
-    return bool(state["tuple"])
+    return int(state["tuple"]), float((expected - replayed).abs().max()) / max(float(expected.abs().max()), 1e-30)
 
 
 def _first_output(skeleton: Skeleton, tokens: torch.Tensor) -> Any:

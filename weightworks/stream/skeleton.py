@@ -16,6 +16,10 @@ from torch import nn
 
 from weightworks.errors import ArchitectureError
 from weightworks.store.checkpoint import Checkpoint
+from weightworks.store.dense import DenseView
+
+CONTEXT_KEYS = ("max_position_embeddings", "max_seq_len", "n_positions")  # what configurations call the longest input
+UNLIMITED = 1 << 20  # tokens, where a configuration names no limit
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +33,7 @@ class Piece:
 
 
 class DenseReader(Protocol):
-    """Gives dense tensors by the checkpoint's names; one that ``is_packed`` comes as [out, in] whatever its layer holds."""
+    """Gives dense tensors by the checkpoint's names; one that ``is_packed`` comes as [out, in], whatever its layer."""
 
     def read(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor: ...
 
@@ -49,6 +53,13 @@ class Skeleton:
     pieces: dict[str, list[Piece]]
     unused: list[str]
     _holders: dict[str, list[tuple[nn.Module, str]]] = field(repr=False, default_factory=dict)
+
+    @property
+    def context_length(self) -> int:
+        """Tokens the model can take, by its configuration."""
+        config: Any = self.model.config
+        found = (getattr(config.get_text_config(), key, None) for key in CONTEXT_KEYS)
+        return next((length for length in found if isinstance(length, int) and length > 0), UNLIMITED)
 
     def names_of(self, block: int | None) -> list[str]:
         """Parameters and stored buffers of one block, or (None) of everything outside the blocks."""
@@ -93,6 +104,19 @@ class Skeleton:
         """The module that parameter ``name`` belongs to."""
         return self._holders[name][0][0]
 
+    def mismatches(self, view: DenseView) -> list[str]:
+        """Tensors whose shape is not that of their place in the model, each with both shapes."""
+        found = []
+        for name, pieces in self.pieces.items():
+            module, whole = self.holder(name), self.get(name)
+            for piece in pieces:
+                wanted = tuple(whole.shape if len(pieces) == 1 else place(whole, piece).shape)
+                if is_transposed(module) and view.is_packed(piece.tensor):
+                    wanted = wanted[::-1]
+                if (seen := view.shape(piece.tensor)) != wanted:
+                    found.append(f"{piece.tensor} is {list(seen)}, the model has {list(wanted)}")
+        return found
+
     def unload(self, names: list[str]) -> None:
         """Give the memory of the named parameters back."""
         for name in names:
@@ -118,14 +142,15 @@ def place(whole: torch.Tensor, piece: Piece) -> torch.Tensor:
     return view[piece.part * rows : (piece.part + 1) * rows]
 
 
-def build(checkpoint: Checkpoint, names: list[str], *, trust_remote_code: bool = False) -> Skeleton:
-    """The skeleton of ``checkpoint``, whose dense tensors are called ``names``.
+def build(view: DenseView, *, trust_remote_code: bool = False) -> Skeleton:
+    """The skeleton of the checkpoint behind ``view``.
 
     Raises :class:`ArchitectureError` when transformers has no such causal LM, no list of blocks is found, or tensors
-    the model needs are missing (all of them named).
+    the model needs are missing or of another shape (all of them named).
     """
+    checkpoint = view.checkpoint
     model = _meta_model(checkpoint, trust_remote_code)
-    pieces, unused = _map_names(model, names)
+    pieces, unused = _map_names(model, view.names)
     holders = _holders(model)
     skeleton = Skeleton(model, _find_blocks(model), {}, unused, {})
     missing = []
@@ -142,6 +167,11 @@ def build(checkpoint: Checkpoint, names: list[str], *, trust_remote_code: bool =
             f"{checkpoint.root}: {len(missing)} tensors that {type(model).__name__} needs are missing: {shown}",
             hint="the checkpoint is incomplete, or config.json belongs to another model",
         )
+    if wrong := skeleton.mismatches(view):
+        raise ArchitectureError(
+            f"{checkpoint.root}: {len(wrong)} tensors do not fit {type(model).__name__}: {'; '.join(wrong[:5])}",
+            hint="config.json belongs to another model",
+        )
     return skeleton
 
 
@@ -151,6 +181,10 @@ def _meta_model(checkpoint: Checkpoint, trust_remote_code: bool) -> nn.Module:
 
     try:
         config = AutoConfig.from_pretrained(checkpoint.root, trust_remote_code=trust_remote_code)
+        if getattr(config, "is_encoder_decoder", False):
+            raise ArchitectureError(
+                f"{checkpoint.root}: {config.model_type} is an encoder-decoder model; only causal LMs can be streamed"
+            )
         if getattr(config, "quantization_config", None) is not None:
             del config.quantization_config
         config.use_cache = False

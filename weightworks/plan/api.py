@@ -1,0 +1,44 @@
+"""Methods as functions of Python: names and values as on the command line, an outcome or an error raised on purpose."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from weightworks.plan.stage import Outcome, run_stage
+from weightworks.report.progress import Progress
+from weightworks.stage import catalog
+from weightworks.stage.settings import divide
+
+
+def run(
+    kind: str,
+    method: str,
+    model: str | Path,
+    values: Mapping[str, Any],
+    *,
+    output_dir: str | Path | None = None,
+    dry_run: bool = False,
+    progress: Progress | None = None,
+) -> Outcome:
+    """Run method ``kind.method`` on ``model``; ``values`` are options of the method and settings of the run, by name.
+
+    Raises :class:`UsageError` naming every unknown option and wrong value, and with ``strict`` a
+    :class:`DegradedError` once a result that needed a fallback is published.
+    """
+    entry = catalog.find(kind, method)
+    options, settings = divide(values, entry.load().Options, entry.label)
+    outcome = run_stage(
+        kind,
+        method,
+        str(model),
+        options,
+        settings,
+        output_dir=None if output_dir is None else Path(output_dir),
+        dry_run=dry_run,
+        progress=progress,
+    )
+    if settings.strict and (degraded := outcome.degraded()):
+        raise degraded
+    return outcome
