@@ -52,7 +52,9 @@ def quantize(
     hessian.diagonal()[dead] = 1
     weight[:, dead] = 0
     size = columns if scheme.group_size == -1 else scheme.group_size
-    order = importance.argsort(descending=True, stable=True) if reorder else torch.arange(columns, device=hessian.device)
+    order = (
+        importance.argsort(descending=True, stable=True) if reorder else torch.arange(columns, device=hessian.device)
+    )
     place = torch.arange(columns, device=hessian.device) // size  # the group of the column at each place of the sweep
     fits = not static_groups and size < columns
     index = order // size if static_groups else place
@@ -130,19 +132,20 @@ class Method:
     def watch(self, columns: int, device: torch.device) -> Hessian:
         return Hessian(columns, device)
 
-    def solve(self, weights: Sequence[torch.Tensor], statistics: Hessian, targets: Sequence[Target]) -> list[Solution]:
+    def solve(self, weights: list[torch.Tensor], statistics: Hessian, targets: Sequence[Target]) -> list[Solution]:
         options = self.options
         grid = Grid(self.scheme(), targets[0].scale_dtype, targets[0].min_zero, signed=True, clip=options.clips)
         heights = [weight.shape[0] for weight in weights]
-        tokens, dropped, columns = statistics.tokens, statistics.dropped, weights[0].shape[1]
+        tokens, dropped, columns, device = statistics.tokens, statistics.dropped, weights[0].shape[1], weights[0].device
         fallbacks = [f"{dropped} inputs were not finite and left out"] if dropped else []
         if tokens < COLD:
             fallbacks.append(f"saw {tokens} tokens (fewer than {COLD}), rounded without error compensation")
-            statistics = Hessian(columns, weights[0].device)
+            statistics = Hessian(columns, device)
             statistics.matrix.diagonal().fill_(1)
         hessian = statistics.finish()
         dead = int((hessian.diagonal() == 0).sum())
-        stacked = torch.cat(list(weights))  # rows are independent: one factor, one sweep
+        stacked = torch.cat(weights)  # rows are independent: one factor, one sweep
+        weights.clear()
         energy = output_energy(stacked, hessian)
         quantized, loss, found = quantize(
             stacked,

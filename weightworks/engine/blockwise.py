@@ -16,6 +16,7 @@ from weightworks.store.writer import CheckpointWriter, check_finite
 from weightworks.stream.activations import Activations
 from weightworks.stream.calibration import Calibration
 from weightworks.stream.linears import Group, Linear, Stage, find_stages, read_linear, watch, write_linear
+from weightworks.stream.memory import release
 from weightworks.stream.passes import Windows, perplexity, run_block, shell, token_losses
 from weightworks.stream.replay import prove
 
@@ -105,6 +106,7 @@ class Blockwise:
             skeleton.cast(names, self.dtype)
             run_block(skeleton, index, self.windows, self.states, self.dtype, self.device)
         skeleton.unload(names)
+        release()
         facts: dict[str, Any] = {"rows": rows}
         if index + 1 == self.reload_blocks and not last:
             with shell(skeleton, job.view, self.device):
@@ -138,15 +140,16 @@ class Blockwise:
         return rows
 
     def _group(self, index: int, linears: Sequence[Linear], statistics: Any) -> list[dict[str, Any]]:
+        targets = [self.job.target_of(linear) for linear in linears]
         weights = [read_linear(self.job.view, linear).to(self.device) for linear in linears]
-        solutions = self.method.solve(weights, statistics, [self.job.target_of(linear) for linear in linears])
-        del weights
+        solutions = self.method.solve(weights, statistics, targets)
         rows = []
         for linear, solution in zip(linears, solutions, strict=True):
             for name, tensor in self.job.stored(linear, solution).items():
                 self.writer.put(name, tensor)
             write_linear(self.skeleton, index, linear, solution.dense())
             rows.append(self.job.row(linear, solution))
+        release()
         return rows
 
     def _perplexity(self, states: Activations) -> float:

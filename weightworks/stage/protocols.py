@@ -64,8 +64,8 @@ class Blockwise(Protocol):
     def watch(self, columns: int, device: torch.device) -> Statistics:
         """Fresh statistics for a group of linears with ``columns`` inputs."""
 
-    def solve(self, weights: Sequence[torch.Tensor], statistics: Any, targets: Sequence[Target]) -> list[Solution]:
-        """New weights for float32 ``weights`` [out, in] that read the same input; both arguments may be used up."""
+    def solve(self, weights: list[torch.Tensor], statistics: Any, targets: Sequence[Target]) -> list[Solution]:
+        """New weights for float32 ``weights`` [out, in] that read the same input; the list and the statistics may be used up."""
 
 
 class Tensorwise(Protocol):

@@ -18,6 +18,7 @@ from weightworks.errors import VerificationError
 from weightworks.store.checkpoint import Checkpoint
 from weightworks.store.dense import DenseView
 from weightworks.store.formats import packed_scheme
+from weightworks.stream.memory import release
 from weightworks.stream.passes import window_losses
 from weightworks.stream.skeleton import Skeleton
 
@@ -100,6 +101,8 @@ def _losses(
             for parameter in model.parameters():
                 if parameter.dtype in (torch.bfloat16, torch.float16):  # experts keep theirs, whatever was asked for
                     parameter.data = parameter.data.float()
+            model(tokens[:1, :1], use_cache=False)  # packed weights are decoded at the first call
+            release()
             return torch.cat([window_losses(model(row, use_cache=False).logits, row) for row in tokens.split(1)])
     except (torch.OutOfMemoryError, MemoryError):
         raise
