@@ -6,6 +6,7 @@ will be stored in before any code is computed, so codes are right for the scale 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -21,10 +22,11 @@ CLIP_FLOOR = 0.2
 class Grid:
     """How ranges become grids: the scheme, the dtype scales are stored in, the smallest zero point allowed.
 
-    A symmetric grid has one level more below zero than above. By convention its scale is 2 max|w| / (2^bits - 1), which
-    clips the extreme weight by half a step; ``signed`` gives the scale the sign that lays the extreme weight exactly on
-    the outermost level (llama.cpp's Q4_0 does the same). ``clip`` turns on the search for the clipping range. It minimises squared errors weighed by importance, or with
-    ``exponent`` the plain sum of errors to that power (2.4 in the GPTQ repository).
+    A symmetric grid has one level more below zero than above, and by convention the positive scale
+    2 max|w| / (2^bits - 1), which clips an extreme weight by half a step. With ``signed`` each group takes the best of
+    three scales: that one, its negative, and the one of either sign that lays the extreme weight exactly on the outermost
+    level (as llama.cpp's Q4_0 does). ``clip`` adds ever narrower ranges. The best has the smallest sum of squared errors
+    weighed by importance or, with ``exponent``, of plain errors to that power (2.4 in the GPTQ repository).
     """
 
     scheme: IntScheme
@@ -37,17 +39,16 @@ class Grid:
     def fit(self, weight: torch.Tensor, importance: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """Scale and zero point (float32, same leading shape) of groups ``weight`` [..., group].
 
-        ``importance`` (broadcastable to ``weight``) weighs squared errors in the search, such as diag(H).
+        ``importance`` (broadcastable to ``weight``) weighs squared errors, such as diag(H).
         """
         low = weight.amin(-1).clamp(max=0)
         high = weight.amax(-1).clamp(min=0)
-        scale, zero = self.from_range(low, high)
-        if not self.clip:
+        candidates = self._candidates(low, high)
+        scale, zero = next(candidates)
+        if not self.clip and not (self.signed and self.scheme.symmetric):
             return scale, zero
         best = self._error(weight, scale, zero, importance)
-        for step in range(1, round((1 - CLIP_FLOOR) * CLIP_STEPS)):
-            shrink = 1 - step / CLIP_STEPS
-            scale_new, zero_new = self.from_range(low * shrink, high * shrink)
+        for scale_new, zero_new in candidates:
             error = self._error(weight, scale_new, zero_new, importance)
             better = error < best
             best = torch.where(better, error, best)
@@ -55,18 +56,23 @@ class Grid:
             zero = torch.where(better, zero_new, zero)
         return scale, zero
 
+    def _candidates(self, low: torch.Tensor, high: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Scales, as stored, and zero points worth trying for the range ``low`` <= 0 <= ``high``."""
+        steps = round((1 - CLIP_FLOOR) * CLIP_STEPS) if self.clip else 1
+        for shrink in (1 - step / CLIP_STEPS for step in range(steps)):
+            scale, zero = self.from_range(low * shrink, high * shrink)
+            if self.signed and self.scheme.symmetric:
+                yield self.stored(torch.where(-low >= high, low, high) * (-shrink / self.scheme.midpoint)), zero
+                yield -scale, zero
+            yield scale, zero
+
     def from_range(self, low: torch.Tensor, high: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Scale, as stored, and zero point of the range ``low`` <= 0 <= ``high``."""
+        """The conventional scale, as stored, and zero point of the range ``low`` <= 0 <= ``high``."""
         top = (1 << self.scheme.bits) - 1
-        if self.scheme.symmetric and self.signed:
-            scale = torch.where(-low >= high, low, high) / -self.scheme.midpoint
-        elif self.scheme.symmetric:
-            scale = 2 * torch.maximum(-low, high) / top
-        else:
-            scale = (high - low) / top
-        scale = self.stored(scale)
         if self.scheme.symmetric:
+            scale = self.stored(2 * torch.maximum(-low, high) / top)
             return scale, torch.full_like(scale, self.scheme.midpoint)
+        scale = self.stored((high - low) / top)
         return scale, torch.round(-low / scale).clamp(self.min_zero, top)
 
     def stored(self, scale: torch.Tensor) -> torch.Tensor:

@@ -6,7 +6,9 @@ Memory is counted phase by phase as the blockwise engine lives it; time is arith
 from __future__ import annotations
 
 import math
+import re
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,9 +18,12 @@ import torch
 from weightworks.engine.job import Job
 from weightworks.engine.machine import free_memory, resident, speeds
 from weightworks.errors import ResourceError
-from weightworks.stream.passes import BATCH_TOKENS
+from weightworks.stream.linears import Linear
+from weightworks.stream.passes import batch_windows
 
-RUNTIME_BYTES = 110 << 20  # grown by the libraries once work starts: thread pools, BLAS buffers, tokenizer
+RUNTIME_BYTES = 48 << 20  # grown by the libraries once work starts: thread pools, BLAS buffers, scipy, loaders
+HEAP_BYTES = 64 << 20  # freed temporaries that the allocator keeps until memory is given back between steps
+DECODED = 13  # bytes a weight while packed codes become float32: the codes, and three tensors of the expression
 BYTES_A_SECOND = 500e6  # reading, writing and hashing a file, end to end
 SLACK = 1.5  # work beside matrix products: attention, norms, casts, the sweep's small steps
 
@@ -48,48 +53,56 @@ class Estimate:
 
 @dataclass(frozen=True)
 class _Sizes:
-    """Bytes of the things that come and go."""
+    """Bytes of the things that come and go; a trailing ``_count`` is of elements."""
 
-    base: int
-    shell: int  # float32 weights outside the blocks
-    block: int  # parameters of the largest block, count
-    width: int  # widest input of a linear
-    stack: int  # weights of the largest group, count
-    dtype: int  # bytes of the compute dtype
-    activations: int
-    probe: int
-    tokens: int  # a batch
-    inner: int  # widest output of a linear, all that share an input together
-    vocabulary: int
-    loaded_dtype: int
+    base: int  # the process as it is, and what the libraries will grow by
+    outside: int  # float32 weights outside the blocks
+    outside_stored: int  # the same as the checkpoint stores them
+    outside_largest: int  # the largest of them, stored
+    block_count: int  # parameters of the largest block
+    block_stored: int  # that block in the output
+    weight_count: int  # the largest weight
+    stack_count: int  # the weights that share an input, together
+    statistics: int  # of the widest input
+    stage_statistics: int  # of all inputs that are watched in one pass (the experts of a mixture)
+    activations: int  # of all calibration windows
+    probe: int  # hidden states of the check text
+    inner_count: int  # the widest output of a linear for a batch
+    logits: int  # of a window of the check text
+    width: int  # bytes of the compute dtype
 
 
 def estimate(job: Job, *, tokens: tuple[int, int] | None, probe: tuple[int, int], dtype: torch.dtype) -> Estimate:
     """The estimate for ``tokens`` calibration windows of a length (None: data-free) and ``probe`` windows."""
     sizes = _sizes(job, tokens, probe, dtype)
     limit = job.settings.memory_limit or free_memory() + resident()
-    statistics = 4 * sizes.width**2
-    phases = _phases(sizes, statistics, on_disk=False) if tokens else _tensorwise_phases(sizes)
-    on_disk = bool(tokens) and max(phases.values()) > limit
-    if on_disk:
-        phases = _phases(sizes, statistics, on_disk=True)
-    name = max(phases, key=lambda phase: phases[phase])
-    peak = phases[name]
-    room = max(statistics, (max(peak, min(limit, 2 * peak)) - peak) // 2 + statistics)
+    on_disk, statistics = False, sizes.statistics
+    if tokens is None:
+        phases = _tensorwise_phases(sizes)
+    else:
+        phases = _blockwise_phases(sizes, statistics, on_disk=False)
+        if max(phases.values()) > limit:
+            on_disk, phases = True, _blockwise_phases(sizes, statistics, on_disk=True)
+        # More inputs watched in one pass save passes, and may take as much again as the run takes anyway.
+        room = max(0, min(limit, 2 * max(phases.values())) - max(phases.values()))
+        statistics = min(sizes.stage_statistics, statistics + room)
+        phases = _blockwise_phases(sizes, statistics, on_disk=on_disk)
     blocks = len(job.skeleton.blocks)
-    reload_room = max(peak - sizes.base - sizes.shell - 8 * sizes.block, 0)
-    reload_blocks = min(blocks, max(1, reload_room // max(4 * sizes.block, 1)))
+    fit = (max(phases.values()) - _reloading(sizes, 0)) // max(_reloading(sizes, 1) - _reloading(sizes, 0), 1)
+    reload_blocks = max(1, min(blocks, fit))  # as many as take no more than the run itself
+    phases["reloading the result"] = _reloading(sizes, reload_blocks)
+    name = max(phases, key=lambda phase: phases[phase])
     scratch = (2 * sizes.activations + 4 * sizes.probe) if tokens else 0
     return Estimate(
         output_bytes=job.weight_bytes,
         disk_bytes=job.weight_bytes + scratch,
-        peak_bytes=int(peak),
+        peak_bytes=phases[name],
         peak_phase=name,
         seconds=_seconds(job, tokens, probe, dtype),
         limit_bytes=limit,
         on_disk=on_disk,
-        statistics_bytes=int(room),
-        reload_blocks=int(reload_blocks),
+        statistics_bytes=statistics,
+        reload_blocks=reload_blocks,
     )
 
 
@@ -122,53 +135,87 @@ def size(count: float) -> str:
 
 
 def _sizes(job: Job, tokens: tuple[int, int] | None, probe: tuple[int, int], dtype: torch.dtype) -> _Sizes:
-    skeleton = job.skeleton
+    skeleton, tensors = job.skeleton, job.checkpoint.tensors
     config = skeleton.model.config.get_text_config()
-    count = [sum(skeleton.get(name).numel() for name in skeleton.names_of(i)) for i in range(len(skeleton.blocks))]
-    shell = sum(skeleton.get(name).numel() for name in skeleton.names_of(None))
-    widths = [linear.shape[1] for linear in job.linears.values()]
-    by_width: dict[int, int] = {}
-    for linear in job.blocks[0]:
-        if linear.piece.expert is None:
-            by_width[linear.shape[1]] = by_width.get(linear.shape[1], 0) + linear.shape[0]
-    outputs = [linear.shape[0] for linear in job.linears.values()]
-    stack = max(linear.shape[0] * linear.shape[1] for linear in job.linears.values())
-    batch = max(1, 1 << int(math.log2(max(1, BATCH_TOKENS // (tokens or probe)[1])))) * (tokens or probe)[1]
+
+    def stored(names: Sequence[str]) -> list[str]:
+        return [piece.tensor for name in names for piece in skeleton.pieces[name]]
+
+    def written(tensor: str) -> int:
+        linear = job.linears.get(tensor)
+        return tensors[tensor].nbytes if linear is None else sum(spec.nbytes for spec in job.specs_of(linear))
+
+    outside = skeleton.names_of(None)
+    blocks = [skeleton.names_of(index) for index in range(len(skeleton.blocks))]
+    linears = list(job.linears.values())
+    widest = max(linear.shape[1] for linear in linears)
+    windows, length = tokens or probe
+    batch = min(windows, batch_windows(length)) * length
     return _Sizes(
         base=resident() + RUNTIME_BYTES,
-        shell=4 * shell,
-        block=max(count),
-        width=max(widths),
-        stack=2 * stack,
-        dtype=dtype.itemsize,
-        activations=(tokens[0] * tokens[1] * config.hidden_size * dtype.itemsize) if tokens else 0,
+        outside=4 * sum(skeleton.get(name).numel() for name in outside),
+        outside_stored=sum(tensors[tensor].nbytes for tensor in stored(outside)),
+        outside_largest=max((tensors[tensor].nbytes for tensor in stored(outside)), default=0),
+        block_count=max(sum(skeleton.get(name).numel() for name in names) for names in blocks),
+        block_stored=max(sum(written(tensor) for tensor in stored(names)) for names in blocks),
+        weight_count=max(math.prod(linear.shape) for linear in linears),
+        stack_count=max(sum(math.prod(one.shape) for one in group) for group in _inputs(linears).values()),
+        statistics=4 * widest**2,
+        stage_statistics=max(_stage_statistics(block) for block in job.blocks),
+        activations=windows * length * config.hidden_size * dtype.itemsize if tokens else 0,
         probe=probe[0] * probe[1] * config.hidden_size * 4,
-        tokens=min(batch, tokens[0] * tokens[1]) if tokens else probe[0] * probe[1],
-        inner=max(outputs),
-        vocabulary=config.vocab_size,
-        loaded_dtype=2,
+        inner_count=batch * max(linear.shape[0] for linear in linears),
+        logits=4 * probe[1] * config.vocab_size,
+        width=dtype.itemsize,
     )
 
 
-def _phases(s: _Sizes, statistics: int, *, on_disk: bool) -> dict[str, int]:
+def _inputs(linears: Sequence[Linear]) -> dict[tuple[str, int], list[Linear]]:
+    """Linears by the input they read, as far as structure tells: the part of the block they are in, and their width."""
+    groups: dict[tuple[str, int], list[Linear]] = {}
+    for linear in linears:
+        part = f"{linear.module.rpartition('.')[0]} {linear.piece.expert}"
+        groups.setdefault((part, linear.shape[1]), []).append(linear)
+    return groups
+
+
+def _stage_statistics(block: Sequence[Linear]) -> int:
+    """Bytes of the statistics that one pass over a block can gather: of one input, or of one an expert."""
+    sums: dict[tuple[str, int], int] = {}
+    for part, width in _inputs(block):
+        alike = re.sub(r"\d+", "*", part), width
+        sums[alike] = sums.get(alike, 0) + 4 * width**2
+    return max(sums.values(), default=0)
+
+
+def _blockwise_phases(s: _Sizes, statistics: int, *, on_disk: bool) -> dict[str, int]:
     """Peak bytes by phase of the blockwise engine."""
-    kept = s.base + (0 if on_disk else s.activations) + 2 * s.probe
-    batch = s.tokens * (4 * s.inner * s.dtype)
+    kept = s.base + HEAP_BYTES + 2 * s.probe + (0 if on_disk else s.activations)
+    block = kept + s.block_count * s.width
     return {
-        "embedding": kept + s.shell + s.tokens * s.width * 4,
-        "watching a block": kept + s.block * s.dtype + statistics + batch + s.tokens * s.width * 4,
-        "solving a block": kept + s.block * s.dtype + statistics + 18 * s.stack // 2,
-        "loading a block": kept + s.block * (4 + s.dtype),
-        "scoring": kept + s.shell + 3 * 256 * s.vocabulary * 4,
+        "loading what is outside the blocks": kept + s.outside + s.outside_largest,
+        "watching a block": block + statistics + max(4 * s.width, 4 + s.width) * s.inner_count,
+        # Its float32 copy, the part being swept, the codes, what they mean and its expression.
+        "solving a block": block + statistics + 16 * s.stack_count,
+        "loading a block": kept + 4 * s.block_count + DECODED * s.weight_count,
+        "scoring": kept + s.outside + 3 * s.logits,
     }
 
 
 def _tensorwise_phases(s: _Sizes) -> dict[str, int]:
+    """Peak bytes by phase of the tensorwise engine and of the passes that score its result."""
+    kept = s.base + HEAP_BYTES + s.probe
     return {
-        "rounding a tensor": s.base + 24 * s.stack // 2,
-        "loading a block": s.base + 6 * s.block + s.probe * 4,
-        "scoring": s.base + s.shell + 3 * 256 * s.vocabulary * 4,
+        "loading what is outside the blocks": kept + s.outside + s.outside_largest,
+        "rounding a tensor": kept + 24 * s.weight_count,
+        "running a block": kept + 4 * s.block_count + max(DECODED * s.weight_count, 16 * s.inner_count),
+        "scoring": kept + s.outside + 3 * s.logits,
     }
+
+
+def _reloading(s: _Sizes, blocks: int) -> int:
+    """Peak bytes of stock transformers with so many blocks: the file's pages it reads, float32 weights, logits."""
+    return s.base + s.outside_stored + s.outside + blocks * (s.block_stored + 4 * s.block_count) + 3 * s.logits
 
 
 def _seconds(job: Job, tokens: tuple[int, int] | None, probe: tuple[int, int], dtype: torch.dtype) -> float:

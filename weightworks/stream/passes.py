@@ -16,6 +16,11 @@ from weightworks.stream.skeleton import DenseReader, Skeleton
 BATCH_TOKENS = 2048  # tokens a forward pass works on: enough for full-speed products, little memory
 
 
+def batch_windows(length: int) -> int:
+    """Windows of ``length`` tokens a batch: a power of two, so that results do not depend on how many there are."""
+    return max(1, 1 << int(math.log2(max(1, BATCH_TOKENS // length))))
+
+
 @dataclass
 class Windows:
     """Token windows int64 [n, seq] and, once captured, how the model calls its blocks for batches of them."""
@@ -25,8 +30,7 @@ class Windows:
 
     @property
     def batch(self) -> int:
-        """Windows a batch: a power of two, so that results do not depend on how many there are."""
-        return max(1, 1 << int(math.log2(max(1, BATCH_TOKENS // self.tokens.shape[1]))))
+        return batch_windows(self.tokens.shape[1])
 
     def slices(self) -> Iterator[tuple[int, int]]:
         """Start and stop of each batch."""
