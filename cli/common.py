@@ -19,7 +19,7 @@ INTERRUPTED = 130
 
 def spell(arguments: list[str]) -> list[str]:
     """``--group_size`` as ``--group-size``: users of other tools type underscores."""
-    spelled = []
+    spelled: list[str] = []
     for number, word in enumerate(arguments):
         if word == "--":
             return [*spelled, *arguments[number:]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -304,7 +305,8 @@ def methods(
     found = [entry for entry in entries if name in (entry.name, entry.label)]
     if not found:
         raise UsageError(
-            f"unknown method '{name}' ({nearest(name, [entry.name for entry in entries])})", hint="see: compress methods"
+            f"unknown method '{name}' ({nearest(name, [entry.name for entry in entries])})",
+            hint="see: compress methods",
         )
     if len(found) > 1:
         raise UsageError(f"'{name}' is the name of several methods: {', '.join(entry.label for entry in found)}")
@@ -312,7 +314,7 @@ def methods(
     return 0
 
 
-COMMANDS = {
+COMMANDS: dict[str, Callable[..., int | None]] = {
     "quantize": quantize, "evaluate": evaluate, "inspect": inspect, "diff": diff, "verify": verify, "methods": methods,
 }  # fmt: skip
 

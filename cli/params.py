@@ -10,7 +10,7 @@ import inspect
 import types
 import typing
 from collections.abc import Callable
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Optional, Union, get_args, get_origin
 
 import typer
 from pydantic.fields import FieldInfo
@@ -77,7 +77,7 @@ def _parameter(
     else:
         flags = [*ALIASES.get(name, []), flag]
     option = typer.Option(*flags, help=help_, rich_help_panel=panel, show_default=False)
-    annotation = Annotated[list[str] if kind is list else Union[kind, None], option]  # noqa: UP007
+    annotation: Any = Annotated[list[str], option] if kind is list else Annotated[Optional[kind], option]  # noqa: UP045
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
 

@@ -31,9 +31,8 @@ def pairs(values: dict[str, Any]) -> None:
     """Names and values, aligned."""
     width = max(len(name) for name in values)
     for name, value in values.items():
-        if isinstance(value, list):
-            value = ", ".join(map(str, value)) or "none"
-        show(f"  {name.replace('_', ' '):<{width}}  {value}")
+        shown = (", ".join(map(str, value)) or "none") if isinstance(value, list) else value
+        show(f"  {name.replace('_', ' '):<{width}}  {shown}")
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:

@@ -127,6 +127,7 @@ class Server(socketserver.ForkingMixIn, socketserver.UnixStreamServer):
 def run(request: dict[str, Any]) -> int:
     """The command in this process; returns its exit code."""
     import faults
+
     from cli.compress_app import main
 
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -42,8 +42,9 @@ def quantize(
 ) -> tuple[Quantized, torch.Tensor, Factor]:
     """Quantize float32 ``weight`` [out, in] against ``hessian`` [in, in]; both are used up.
 
-    ``reorder`` sweeps columns by falling diag(H). With ``static_groups`` a group is ``group_size`` neighbours and its grid
-    is fitted to the original weight; without, groups follow the sweep and fit their grids when it reaches them. Returns the codes with their grid, the proxy loss tr(E H E') by output row [out] (damping included), and what the
+    ``reorder`` sweeps columns by falling diag(H). With ``static_groups`` a group is ``group_size`` neighbours and its
+    grid is fitted to the original weight; without, groups follow the sweep and fit their grids when it reaches them.
+    Returns the codes with their grid, the proxy loss tr(E H E') by output row [out] (damping included), and what the
     factorisation took. If nothing could be factored, the weight is rounded without compensation.
     """
     columns, scheme = hessian.shape[0], grid.scheme

@@ -208,7 +208,8 @@ class Written:
 def bounded(stages: Sequence[Stage], limit: int) -> Iterator[list[Group]]:
     """The groups of each stage, in several rounds where their statistics (4 in^2 bytes each) would exceed ``limit``."""
     for stage in stages:
-        round_, held = [], 0
+        round_: list[Group] = []
+        held = 0
         for group in stage.groups:
             size = 4 * group.columns**2
             if round_ and held + size > limit:

@@ -55,7 +55,7 @@ class Job:
 
     def __post_init__(self) -> None:
         self.view = DenseView(self.checkpoint)
-        if self.view.format is not None:
+        if self.view.format is not None and self.view.scheme is not None:
             raise MethodError(
                 f"{self.checkpoint.root}: is already quantized ({self.view.format.name}, {self.view.scheme.bits} bits)",
                 hint="start from the dense checkpoint it was made from",
@@ -66,8 +66,8 @@ class Job:
         for index in range(len(self.skeleton.blocks)):
             linears, others = block_linears(self.skeleton, index, dtypes)
             for name in others:
-                ignored = self._ignored(name.removesuffix(".weight"))
-                self.kept[name] = "ignored" if ignored else "not a plain linear layer"
+                skipped = self._ignored(name.removesuffix(".weight"))
+                self.kept[name] = "ignored" if skipped else "not a plain linear layer"
             ignored = [linear for linear in linears if self._ignored(linear.base, linear.module)]
             self.kept.update((linear.tensor, "ignored") for linear in ignored)
             self.blocks.append([linear for linear in linears if linear not in ignored])

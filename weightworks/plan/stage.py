@@ -77,7 +77,9 @@ def run_stage(
     target = (output_dir or default_target(checkpoint, name, method.options)).absolute()
     root = checkpoint.root.resolve()
     if target.resolve() in (root, *root.parents):
-        raise OutputError(f"{target}: is the input, or holds it; it would be replaced", hint="choose another --output-dir")
+        raise OutputError(
+            f"{target}: is the input, or holds it; it would be replaced", hint="choose another --output-dir"
+        )
     if target.exists() and (not target.is_dir() or read_provenance(target) is None):
         check_target(target, overwrite=settings.overwrite)
     job = Job(entry.label, module.VERSION, method, settings, checkpoint, target, progress, pick_device(settings.device))
@@ -93,8 +95,8 @@ def run_stage(
         check_target(target, overwrite=settings.overwrite)
     costs = estimate(
         job,
-        tokens=None if calibration is None else tuple(calibration.tokens.shape),
-        probe=tuple(probe.shape),
+        tokens=None if calibration is None else (calibration.tokens.shape[0], calibration.tokens.shape[1]),
+        probe=(probe.shape[0], probe.shape[1]),
         dtype=dtype,
     )
     if dry_run:
@@ -145,7 +147,11 @@ def execute(
             results["partial"] = stream_perplexity(job, written, probe, costs.reload_blocks)
         facts: dict[str, Any] = {"size": sizes(job), "quality": {key: results[key] for key in ("dense", "result")}}
         if calibration is not None:
-            facts["calibration"] = calibration.facts()
+            facts["calibration"] = {
+                "dataset": settings.dataset,
+                "dtype": str(dtype).removeprefix("torch."),
+                **calibration.facts(),
+            }
         return finish(
             job,
             writer,

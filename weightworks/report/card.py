@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,7 @@ def model_card(source: Checkpoint, name: str, provenance: dict[str, Any], dequan
             sentence=sentence,
             facts="\n".join(f"| {key} | {value} |" for key, value in rows),
             snippet=snippet(name, dequantize),
-            command=command(identity, source),
+            command=command(provenance, source),
             fallbacks=f"## Fallbacks\n\nOn these tensors the method could not be applied as asked:\n\n{listed}\n"
             if degraded
             else "",
@@ -109,18 +110,24 @@ def snippet(name: str, dequantize: bool) -> str:
     return f'from transformers import AutoModelForCausalLM\n\nmodel = AutoModelForCausalLM.from_pretrained("{name}")'
 
 
-def command(identity: dict[str, Any], source: Checkpoint) -> str:
+def command(provenance: dict[str, Any], source: Checkpoint) -> str:
     """The command line that makes the folder again, every option spelled out."""
+    identity = provenance["identity"]
     stage, method = identity["method"].split(".")
     words = [f"compress {stage} {source_name(source)} --method {method}"]
-    for key, value in {**identity["options"], **identity.get("data", {}), "seed": identity["seed"]}.items():
-        if value is None:
-            continue
+    data = provenance.get("calibration", {})
+    asked = {
+        "dataset": data.get("dataset"),
+        "num_samples": data.get("windows_requested"),
+        "seq_len": data.get("seq_len"),
+        "dtype": data.get("dtype"),
+    }
+    for key, value in {**identity["options"], **asked, "seed": identity["seed"]}.items():
         flag = "--" + key.replace("_", "-")
         if isinstance(value, bool):
             words.append(flag if value else "--asym" if key == "sym" else "--no-" + flag[2:])
         elif isinstance(value, list):
-            words += [f"{flag} '{item}'" for item in value]
-        else:
-            words.append(f"{flag} {value}")
+            words += [f"{flag} {shlex.quote(item)}" for item in value]
+        elif value is not None:
+            words.append(f"{flag} {shlex.quote(str(value))}")
     return " ".join(words)

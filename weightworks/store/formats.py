@@ -40,8 +40,12 @@ class TensorReader(Protocol):
 class Format(Protocol):
     """A container of quantized weights."""
 
-    name: str
-    suffixes: tuple[str, ...]
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def suffixes(self) -> tuple[str, ...]:
+        """Endings of the tensors' names; the first is the codes'."""
 
     def refusal(
         self, scheme: IntScheme, shape: tuple[int, int], *, transposed: bool, expert: bool = False

@@ -59,12 +59,12 @@ def lineage(provenance: dict[str, Any] | None) -> list[dict[str, Any]]:
 def _row(view: DenseView, name: str, sparsity: bool) -> dict[str, Any]:
     shape = view.shape(name)
     elements = math.prod(shape)
-    if view.is_packed(name):
+    if view.format is not None and view.scheme is not None and view.is_packed(name):
         base = name.removesuffix(".weight")
         parts = [
             view.tensors[f"{base}.{suffix}"] for suffix in view.format.suffixes if f"{base}.{suffix}" in view.tensors
-        ]  # type: ignore[union-attr]
-        size, stored = sum(part.nbytes for part in parts), f"{view.scheme.bits}-bit codes"  # type: ignore[union-attr]
+        ]
+        size, stored = sum(part.nbytes for part in parts), f"{view.scheme.bits}-bit codes"
     else:
         size, stored = view.tensors[name].nbytes, DTYPE_NAMES[view.tensors[name].dtype]
     row = {

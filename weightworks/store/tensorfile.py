@@ -123,7 +123,7 @@ def read_bytes(path: Path, offset: int, out: torch.Tensor) -> torch.Tensor:
     """Fill the contiguous tensor ``out`` with the file's bytes from ``offset`` on."""
     if out.numel() == 0:
         return out
-    view = memoryview(out.reshape(-1).view(torch.uint8).numpy())
+    view = _bytes_of(out)
     with path.open("rb", buffering=0) as file:
         file.seek(offset)
         while view.nbytes:
@@ -136,12 +136,18 @@ def read_bytes(path: Path, offset: int, out: torch.Tensor) -> torch.Tensor:
 
 def write_bytes(descriptor: int, offset: int, tensor: torch.Tensor) -> memoryview:
     """Write the contiguous ``tensor`` at ``offset``; returns its bytes, for hashing."""
-    data = memoryview(tensor.reshape(-1).view(torch.uint8).numpy()) if tensor.numel() else memoryview(b"")
+    data = _bytes_of(tensor) if tensor.numel() else memoryview(b"")
     view = data
     while view.nbytes:
         count = os.pwrite(descriptor, view, offset)
         view, offset = view[count:], offset + count
     return data
+
+
+def _bytes_of(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a contiguous tensor, in place."""
+    array: Any = tensor.reshape(-1).view(torch.uint8).numpy()
+    return memoryview(array)
 
 
 def build_header(specs: Iterable[TensorSpec], shard: str) -> tuple[bytes, list[TensorInfo]]:

@@ -81,7 +81,7 @@ def _forwards(skeleton: Skeleton, make: Callable[[int, nn.Module], Callable[...,
     """Replace every block's forward; a block stays the same object, so models that ask it for attributes still can."""
     try:
         for index, (_, block) in enumerate(skeleton.blocks):
-            block.forward = make(index, block)  # type: ignore[method-assign]
+            block.forward = make(index, block)
         yield
     finally:
         for _, block in skeleton.blocks:
@@ -252,7 +252,7 @@ def _first_output(skeleton: Skeleton, tokens: torch.Tensor) -> Any:
         seen.append(type(block).forward(block, *args, **kwargs))
         raise _StopForward
 
-    block.forward = forward  # type: ignore[method-assign]
+    block.forward = forward
     try:
         skeleton.model(input_ids=tokens, use_cache=False)
     except _StopForward:

@@ -48,7 +48,7 @@ class Skeleton:
     it; ``unused`` are checkpoint tensors the model has no place for (they are copied through).
     """
 
-    model: nn.Module
+    model: Any  # a PreTrainedModel
     blocks: list[tuple[str, nn.Module]]
     pieces: dict[str, list[Piece]]
     unused: list[str]
@@ -94,7 +94,8 @@ class Skeleton:
         is_parameter = leaf in module._parameters
         value = nn.Parameter(tensor, requires_grad=False) if is_parameter else tensor
         for holder, leaf in self._holders[name]:
-            (holder._parameters if is_parameter else holder._buffers)[leaf] = value
+            slots: dict[str, Any] = holder._parameters if is_parameter else holder._buffers
+            slots[leaf] = value
 
     def get(self, name: str) -> torch.Tensor:
         module, leaf = self._holders[name][0]
@@ -244,7 +245,7 @@ def _map_names(model: Any, names: list[str]) -> tuple[dict[str, list[Piece]], li
     transforms = get_model_conversion_mapping(model)
     converters = [t for t in transforms if isinstance(t, WeightConverter)]
     renamings = [t for t in transforms if not isinstance(t, WeightConverter)]
-    state = {name: tensor for name, tensor in _stored(model)}
+    state = dict(_stored(model))
     pieces: dict[str, list[Piece]] = {}
     unused = []
     for name in names:
