@@ -207,9 +207,7 @@ def test_summary_paper_version_and_test_file(entry: Entry) -> None:
 
 @pytest.mark.parametrize("name", [*FORMATS, "dense"])
 @pytest.mark.parametrize("sym", ["--sym", "--asym"])
-def test_every_format_says_the_same(
-    compress: Commands, tiny_llama: Path, tmp_path: Path, name: str, sym: str
-) -> None:
+def test_every_format_says_the_same(compress: Commands, tiny_llama: Path, tmp_path: Path, name: str, sym: str) -> None:
     """The weights a folder stands for do not depend on the container, beyond the dtype of its scales."""
     words = ("quantize", tiny_llama, "--method", "rtn", "--bits", "8", sym, "-q")
     assert compress(*words, "--format", name, "-o", "out", cwd=tmp_path).code == 0

@@ -43,9 +43,7 @@ def module_name(path: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-MODULES = {
-    module_name(path): path for package in sorted(TOP) for path in sorted((REPOSITORY / package).rglob("*.py"))
-}
+MODULES = {module_name(path): path for package in sorted(TOP) for path in sorted((REPOSITORY / package).rglob("*.py"))}
 
 
 def room(module: str) -> str:
@@ -150,7 +148,9 @@ def test_the_command_line_starts_without_torch(module: str) -> None:
 
 @pytest.mark.parametrize("module", ["compress", "compress.quantize", "weightworks", "weightworks.errors"])
 def test_front_doors_are_light(module: str) -> None:
-    assert {name for name in reached(module) if name.partition(".")[0] in (*FROM, "scipy", "pydantic", "typer")} == set()
+    assert {
+        name for name in reached(module) if name.partition(".")[0] in (*FROM, "scipy", "pydantic", "typer")
+    } == set()
 
 
 def test_reading_imports_finds_what_it_should() -> None:
@@ -200,5 +200,7 @@ def test_every_module_is_in_the_wheel() -> None:
 @pytest.mark.parametrize("entry", catalog.methods().values(), ids=lambda entry: entry.label)
 def test_every_method_has_a_test_that_names_it(entry: catalog.Entry) -> None:
     tests = REPOSITORY / "tests"
-    naming = [path.name for path in tests.glob("test_*.py") if entry.name in path.stem or entry.module in path.read_text()]
+    naming = [
+        path.name for path in tests.glob("test_*.py") if entry.name in path.stem or entry.module in path.read_text()
+    ]
     assert naming

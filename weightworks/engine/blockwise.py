@@ -106,7 +106,6 @@ class Blockwise:
             skeleton.cast(names, self.dtype)
             run_block(skeleton, index, self.windows, self.states, self.dtype, self.device)
         skeleton.unload(names)
-        release()
         facts: dict[str, Any] = {"rows": rows}
         if index + 1 == self.reload_blocks and not last:
             with shell(skeleton, job.view, self.device):

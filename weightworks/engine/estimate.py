@@ -22,7 +22,8 @@ from weightworks.stream.linears import Linear
 from weightworks.stream.passes import batch_windows
 
 RUNTIME_BYTES = 48 << 20  # grown by the libraries once work starts: thread pools, BLAS buffers, scipy, loaders
-HEAP_BYTES = 64 << 20  # freed temporaries that the allocator keeps until memory is given back between steps
+HEAP_BYTES = 64 << 20  # the most of freed temporaries that the allocator keeps until they are given back between steps
+SOLVED = 16  # bytes a weight while it is solved: float32, the part being swept, the codes, what they mean
 DECODED = 13  # bytes a weight while packed codes become float32: the codes, and three tensors of the expression
 BYTES_A_SECOND = 500e6  # reading, writing and hashing a file, end to end
 SLACK = 1.5  # work beside matrix products: attention, norms, casts, the sweep's small steps
@@ -62,8 +63,8 @@ class _Sizes:
     block_count: int  # parameters of the largest block
     block_stored: int  # that block in the output
     weight_count: int  # the largest weight
-    stack_count: int  # the weights that share an input, together
     statistics: int  # of the widest input
+    solving: int  # one input's statistics and the work on the weights that share it, whichever are largest together
     stage_statistics: int  # of all inputs that are watched in one pass (the experts of a mixture)
     activations: int  # of all calibration windows
     probe: int  # hidden states of the check text
@@ -148,7 +149,6 @@ def _sizes(job: Job, tokens: tuple[int, int] | None, probe: tuple[int, int], dty
     outside = skeleton.names_of(None)
     blocks = [skeleton.names_of(index) for index in range(len(skeleton.blocks))]
     linears = list(job.linears.values())
-    widest = max(linear.shape[1] for linear in linears)
     windows, length = tokens or probe
     batch = min(windows, batch_windows(length)) * length
     return _Sizes(
@@ -159,8 +159,11 @@ def _sizes(job: Job, tokens: tuple[int, int] | None, probe: tuple[int, int], dty
         block_count=max(sum(skeleton.get(name).numel() for name in names) for names in blocks),
         block_stored=max(sum(written(tensor) for tensor in stored(names)) for names in blocks),
         weight_count=max(math.prod(linear.shape) for linear in linears),
-        stack_count=max(sum(math.prod(one.shape) for one in group) for group in _inputs(linears).values()),
-        statistics=4 * widest**2,
+        statistics=4 * max(linear.shape[1] for linear in linears) ** 2,
+        solving=max(
+            4 * width**2 + SOLVED * sum(math.prod(linear.shape) for linear in group)
+            for (_, width), group in _inputs(linears).items()
+        ),
         stage_statistics=max(_stage_statistics(block) for block in job.blocks),
         activations=windows * length * config.hidden_size * dtype.itemsize if tokens else 0,
         probe=probe[0] * probe[1] * config.hidden_size * 4,
@@ -190,32 +193,42 @@ def _stage_statistics(block: Sequence[Linear]) -> int:
 
 def _blockwise_phases(s: _Sizes, statistics: int, *, on_disk: bool) -> dict[str, int]:
     """Peak bytes by phase of the blockwise engine."""
-    kept = s.base + HEAP_BYTES + 2 * s.probe + (0 if on_disk else s.activations)
-    block = kept + s.block_count * s.width
-    return {
-        "loading what is outside the blocks": kept + s.outside + s.outside_largest,
-        "watching a block": block + statistics + max(4 * s.width, 4 + s.width) * s.inner_count,
-        # Its float32 copy, the part being swept, the codes, what they mean and its expression.
-        "solving a block": block + statistics + 16 * s.stack_count,
-        "loading a block": kept + 4 * s.block_count + DECODED * s.weight_count,
-        "scoring": kept + s.outside + 3 * s.logits,
-    }
+    block = s.block_count * s.width
+    return _with_heap(
+        s.base + 2 * s.probe + (0 if on_disk else s.activations),
+        {
+            "loading what is outside the blocks": s.outside + s.outside_largest,
+            "watching a block": block + statistics + max(4 * s.width, 4 + s.width) * s.inner_count,
+            "solving a block": block + max(statistics, s.solving),
+            "loading a block": 4 * s.block_count + DECODED * s.weight_count,
+            "scoring": s.outside + 3 * s.logits,
+        },
+    )
 
 
 def _tensorwise_phases(s: _Sizes) -> dict[str, int]:
     """Peak bytes by phase of the tensorwise engine and of the passes that score its result."""
-    kept = s.base + HEAP_BYTES + s.probe
-    return {
-        "loading what is outside the blocks": kept + s.outside + s.outside_largest,
-        "rounding a tensor": kept + 24 * s.weight_count,
-        "running a block": kept + 4 * s.block_count + max(DECODED * s.weight_count, 16 * s.inner_count),
-        "scoring": kept + s.outside + 3 * s.logits,
-    }
+    return _with_heap(
+        s.base + s.probe,
+        {
+            "loading what is outside the blocks": s.outside + s.outside_largest,
+            "rounding a tensor": 24 * s.weight_count,
+            "running a block": 4 * s.block_count + max(DECODED * s.weight_count, 16 * s.inner_count),
+            "scoring": s.outside + 3 * s.logits,
+        },
+    )
+
+
+def _with_heap(kept: int, phases: dict[str, int]) -> dict[str, int]:
+    """``kept`` and each phase's own bytes, with those that the allocator keeps of what other phases have freed."""
+    heap = min(HEAP_BYTES, max(phases.values()))
+    return {name: kept + heap + own for name, own in phases.items()}
 
 
 def _reloading(s: _Sizes, blocks: int) -> int:
-    """Peak bytes of stock transformers with so many blocks: the file's pages it reads, float32 weights, logits."""
-    return s.base + s.outside_stored + s.outside + blocks * (s.block_stored + 4 * s.block_count) + 3 * s.logits
+    """Peak bytes of stock transformers with so many blocks: pages of the file, float32 weights, decoding or logits."""
+    weights = s.outside_stored + s.outside + blocks * (s.block_stored + 4 * s.block_count)
+    return s.base + weights + max(DECODED * s.weight_count, 3 * s.logits)
 
 
 def _seconds(job: Job, tokens: tuple[int, int] | None, probe: tuple[int, int], dtype: torch.dtype) -> float:

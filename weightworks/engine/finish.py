@@ -16,7 +16,6 @@ from weightworks.store.manifest import PROVENANCE
 from weightworks.store.sidecars import copy_sidecars
 from weightworks.store.writer import CheckpointWriter
 from weightworks.stream.activations import Activations
-from weightworks.stream.memory import release
 from weightworks.stream.passes import Windows, perplexity, stream_losses
 from weightworks.stream.reload import stock_loader_missing, stock_losses
 from weightworks.stream.skeleton import DenseReader
@@ -110,7 +109,6 @@ def verify(
         checks["perplexity_reloaded"] = stream_perplexity(job, view, probe, reload_blocks)
     else:
         job.progress.say("verifying: loading the folder with stock transformers", detail=True)
-        release()
         loaded = stock_losses(
             staged,
             job.skeleton,

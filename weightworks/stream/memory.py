@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+MMAP_THRESHOLD = -3  # M_MMAP_THRESHOLD of malloc.h
+SMALL, LARGE = 1 << 20, 32 << 20  # bytes; the larger is what glibc's own threshold grows to
 
 
 def release() -> None:
@@ -10,3 +15,18 @@ def release() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
+
+
+@contextmanager
+def released_at_once() -> Iterator[None]:
+    """Blocks of a megabyte and more go back to the system when they are freed; each new one costs its page faults."""
+    release()
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None:
+        yield
+        return
+    mallopt(MMAP_THRESHOLD, SMALL)
+    try:
+        yield
+    finally:
+        mallopt(MMAP_THRESHOLD, LARGE)

@@ -17,6 +17,7 @@ from torch import nn
 from weightworks.errors import ArchitectureError
 from weightworks.store.checkpoint import Checkpoint
 from weightworks.store.dense import DenseView
+from weightworks.stream.memory import release
 
 CONTEXT_KEYS = ("max_position_embeddings", "max_seq_len", "n_positions")  # what configurations call the longest input
 UNLIMITED = 1 << 20  # tokens, where a configuration names no limit
@@ -122,6 +123,7 @@ class Skeleton:
         """Give the memory of the named parameters back."""
         for name in names:
             self.assign(name, self.get(name).data.to("meta"))
+        release()
 
     def cast(self, names: list[str], dtype: torch.dtype) -> None:
         """Cast loaded parameters one by one."""
