@@ -21,7 +21,6 @@ from weightworks.stage import catalog
 from weightworks.stage.catalog import Entry
 from weightworks.store.checkpoint import Checkpoint, file_digest
 from weightworks.store.dense import DenseView
-from weightworks.store.formats import FORMATS
 
 METHODS = [entry for entry in catalog.methods().values() if entry.kind == "quantize"]
 
@@ -200,18 +199,3 @@ def test_summary_paper_version_and_test_file(entry: Entry) -> None:
     named = re.compile(rf"\b{re.escape(entry.module)}\b|\bcompress\.quantize import \(?[\w, \n]*\b{entry.name}\b")
     tests = [path.name for path in sorted((REPOSITORY / "tests").glob("test_*.py")) if named.search(path.read_text())]
     assert tests, f"no test file imports {entry.module}"
-
-
-# Every container, of a method that needs no calibration.
-
-
-@pytest.mark.parametrize("name", [*FORMATS, "dense"])
-@pytest.mark.parametrize("sym", ["--sym", "--asym"])
-def test_every_format_says_the_same(compress: Commands, tiny_llama: Path, tmp_path: Path, name: str, sym: str) -> None:
-    """The weights a folder stands for do not depend on the container, beyond the dtype of its scales."""
-    words = ("quantize", tiny_llama, "--method", "rtn", "--bits", "8", sym, "-q")
-    assert compress(*words, "--format", name, "-o", "out", cwd=tmp_path).code == 0
-    source, result = Checkpoint.open(tiny_llama), DenseView(Checkpoint.open(tmp_path / "out"))
-    weight = source.read("model.layers.0.mlp.up_proj.weight").float()
-    error = (result.read("model.layers.0.mlp.up_proj.weight").float() - weight).norm() / weight.norm()
-    assert 0 < error < 0.01

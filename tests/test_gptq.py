@@ -129,9 +129,9 @@ def test_brute_force_is_never_beaten() -> None:
 @pytest.mark.parametrize("bits", [2, 3, 4])
 @ORDERS
 def test_correlated_inputs_beat_rounding(bits: int, reorder: bool, static_groups: bool) -> None:
-    """With the clipping each width has by default; measured: 0.42 to 0.58 of the loss, 0.25 to 0.45 with act-order."""
+    """Where ranges fit the grid, clipped at 2 and 3 bits; measured: 0.42 to 0.58 of the loss, 0.25 to 0.45 with act-order."""
     weight, inputs = problem(64, 256)
-    hessian, scheme, clip = statistics(inputs).finish(), IntScheme(bits, 64, True), gptq.Options(bits=bits).clips
+    hessian, scheme, clip = statistics(inputs).finish(), IntScheme(bits, 64, True), bits < 4
     result = sweep(weight, hessian, scheme, reorder=reorder, static_groups=static_groups, clip=clip)
     simple = rounded(weight, scheme, clip=clip)
     share = loss(weight, result.dequantize(), hessian) / loss(weight, simple.dequantize(), hessian)

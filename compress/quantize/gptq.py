@@ -50,6 +50,8 @@ def quantize(
     columns, scheme = hessian.shape[0], grid.scheme
     importance = hessian.diagonal().clone()  # [in]
     dead = importance == 0  # no calibration token ever reached these inputs
+    if not torch.isfinite(importance.sum()):
+        importance = torch.ones_like(importance)  # nothing can be factored below, and nothing is known of inputs
     hessian.diagonal()[dead] = 1
     weight[:, dead] = 0
     size = columns if scheme.group_size == -1 else scheme.group_size

@@ -89,8 +89,10 @@ def estimate(job: Job, *, tokens: tuple[int, int] | None, probe: tuple[int, int]
         statistics = min(sizes.stage_statistics, statistics + room)
         phases = _blockwise_phases(sizes, statistics, on_disk=on_disk)
     blocks = len(job.skeleton.blocks)
-    fit = (max(phases.values()) - _reloading(sizes, 0)) // max(_reloading(sizes, 1) - _reloading(sizes, 0), 1)
-    reload_blocks = max(1, min(blocks, fit))  # as many as take no more than the run itself
+    # As many as take no more than the leanest run: by sizes alone, so that every machine checks the same.
+    lean = phases if tokens is None else _blockwise_phases(sizes, sizes.statistics, on_disk=True)
+    fit = (max(lean.values()) - _reloading(sizes, 0)) // max(_reloading(sizes, 1) - _reloading(sizes, 0), 1)
+    reload_blocks = max(1, min(blocks, fit))
     phases["reloading the result"] = _reloading(sizes, reload_blocks)
     name = max(phases, key=lambda phase: phases[phase])
     scratch = (2 * sizes.activations + 4 * sizes.probe) if tokens else 0

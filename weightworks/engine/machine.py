@@ -7,6 +7,7 @@ import os
 import platform
 import re
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -14,6 +15,7 @@ import torch
 
 from weightworks.errors import UsageError
 
+CGROUPS, MEMBERSHIP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 WORTH = 1.5  # how much faster a 16-bit product must be than float32 to be used: noise must not decide
 
 
@@ -67,16 +69,17 @@ def pick_device(wanted: str) -> torch.device:
 
 
 def free_memory() -> int:
-    """Bytes this process may still take: the least of free memory and the control group's limit."""
-    free = psutil.virtual_memory().available
-    for limit, used in (
-        ("memory.max", "memory.current"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
-    ):
+    """Bytes this process may still take: the least of the machine's free memory and what its control groups leave.
+
+    Cached file pages count against a group until they are wanted; they are as good as free.
+    """
+    free = int(psutil.virtual_memory().available)
+    for group, limit, used in _control_groups():
         try:
-            group = _control_group() if "/" not in limit else Path("/sys/fs/cgroup")
-            bound = int((group / limit).read_text())
-            free = min(free, max(0, bound - int((group / used).read_text())))
+            bound = int((group / limit).read_text())  # "max" where there is none
+            stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+            cached = sum(int(stat.get(key, 0)) for key in ("inactive_file", "active_file"))
+            free = min(free, max(0, bound - int((group / used).read_text()) + cached))
         except (OSError, ValueError):
             continue
     return free
@@ -87,11 +90,22 @@ def resident() -> int:
     return psutil.Process().memory_info().rss
 
 
-def _control_group() -> Path:
-    for line in Path("/proc/self/cgroup").read_text().splitlines():
-        if line.startswith("0::"):
-            return Path("/sys/fs/cgroup") / line[3:].strip().lstrip("/")
-    raise OSError("no unified control group")
+def _control_groups() -> Iterator[tuple[Path, str, str]]:
+    """Folders of the control groups that bound this process, innermost first, and their files of limit and use."""
+    try:
+        lines = MEMBERSHIP.read_text().splitlines()
+    except OSError:
+        return
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            kind, limit, used = CGROUPS, "memory.max", "memory.current"
+        elif "memory" in controllers.split(","):
+            kind, limit, used = CGROUPS / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
+        else:
+            continue
+        folder = kind / path.strip("/")
+        yield from ((group, limit, used) for group in (folder, *folder.parents) if group.is_relative_to(kind))
 
 
 def _measure(dtype: torch.dtype) -> float:

@@ -18,7 +18,7 @@ from weightworks.errors import VerificationError
 from weightworks.store.checkpoint import Checkpoint
 from weightworks.store.dense import DenseView
 from weightworks.store.formats import packed_scheme
-from weightworks.stream.memory import released_at_once
+from weightworks.stream.memory import release, released_at_once
 from weightworks.stream.passes import window_losses
 from weightworks.stream.skeleton import Skeleton
 
@@ -94,7 +94,7 @@ def _losses(
 
         options["quantization_config"] = CompressedTensorsConfig(dequantize=True)  # the rest comes from the folder
     try:
-        with _quiet(), released_at_once():  # a whole model, the largest thing a run holds
+        with quiet(), released_at_once():  # a whole model, the largest thing a run holds
             model = AutoModelForCausalLM.from_pretrained(
                 checkpoint.root, config=config, dtype=torch.float32, trust_remote_code=trust_remote_code, **options
             ).eval()
@@ -102,6 +102,7 @@ def _losses(
                 if parameter.dtype in (torch.bfloat16, torch.float16):  # experts keep theirs, whatever was asked for
                     parameter.data = parameter.data.float()
             model(tokens[:1, :1], use_cache=False)  # packed weights are decoded at the first call
+            release()
             return torch.cat([window_losses(model(row, use_cache=False).logits, row) for row in tokens.split(1)])
     except (torch.OutOfMemoryError, MemoryError):
         raise
@@ -139,7 +140,7 @@ def shorten(config: Any, blocks: int) -> None:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Loading fewer blocks than the file holds is meant: no warnings, no bars."""
     from transformers.utils import logging as hf_logging
 

@@ -12,6 +12,7 @@ import torch
 from weightworks.errors import ResourceError
 from weightworks.store.checkpoint import Checkpoint
 from weightworks.stream.calibration import Calibration
+from weightworks.stream.reload import quiet
 
 GREEDY = 4  # tokens after the first that are taken greedily (3 to 5 in LLM-QAT)
 BATCH = 16
@@ -33,9 +34,10 @@ def write_windows(
             f"--dataset self holds the whole model in memory: about {needed * 1.3 / 1e9:.1f} GB, {free_bytes / 1e9:.1f} GB free",
             hint="use --dataset builtin, or a text file",
         )
-    model = AutoModelForCausalLM.from_pretrained(
-        checkpoint.root, dtype=torch.float32, trust_remote_code=trust_remote_code
-    ).eval()
+    with quiet():
+        model = AutoModelForCausalLM.from_pretrained(
+            checkpoint.root, dtype=torch.float32, trust_remote_code=trust_remote_code
+        ).eval()
     generator = torch.Generator().manual_seed(seed)
     vocabulary = model.config.get_text_config().vocab_size
     windows = [
