@@ -1,4 +1,4 @@
-"""How long ``compress --help`` takes, beside a bare ``import typer`` (and ``merge --help``).
+"""How long ``compress --help`` takes, beside a bare ``import typer``.
 
     python benchmarks/startup.py
 
@@ -28,7 +28,6 @@ def main() -> None:
         REFERENCE: [sys.executable, "-c", "import typer"],
         "compress --help": [compress, "--help"],
         "compress quantize --help": [compress, "quantize", "--help"],
-        "merge --help": [compress.with_name("merge"), "--help"],
     }
     runs: dict[str, list[Usage]] = {label: [] for label in commands}
     for turn in range(args.runs + 1):

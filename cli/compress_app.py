@@ -138,7 +138,7 @@ def show_outcome(outcome: Any) -> None:
         + (
             ""
             if checks["blocks_loaded"] == checks["blocks"]
-            else f" (first {checks['blocks_loaded']} blocks, to stay in memory)"
+            else f" ({checks['blocks_loaded']} of {checks['blocks']} blocks, to stay in memory)"
         ),
         "worst tensors": ", ".join(
             f"{row['tensor'].removesuffix('.weight')} {row.get('relative_error', row.get('relative_weight_error', 0)):.2%}"

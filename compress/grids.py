@@ -16,6 +16,7 @@ from weightworks.store.packing import IntScheme
 TINY = 1e-7  # stands in for the scale of an all-zero group; every code of it is the zero point
 CLIP_STEPS = 100  # candidates are 1, 0.99, ... of the full range, down to CLIP_FLOOR (grid of the GPTQ repository)
 CLIP_FLOOR = 0.2
+FITTED = 1 << 22  # weights fitted at a time: what is computed on the way stays small
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,8 +40,15 @@ class Grid:
     def fit(self, weight: torch.Tensor, importance: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """Scale and zero point (float32, same leading shape) of groups ``weight`` [..., group].
 
-        ``importance`` (broadcastable to ``weight``) weighs squared errors, such as diag(H).
+        ``importance`` (broadcastable to a row of ``weight``) weighs squared errors, such as diag(H).
         """
+        if weight.ndim == 1 or weight.numel() <= FITTED:
+            return self._fit(weight, importance)
+        parts = weight.split(max(1, FITTED // weight[0].numel()))
+        scales, zeros = zip(*(self._fit(part, importance) for part in parts), strict=True)
+        return torch.cat(scales), torch.cat(zeros)
+
+    def _fit(self, weight: torch.Tensor, importance: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         low = weight.amin(-1).clamp(max=0)
         high = weight.amax(-1).clamp(min=0)
         candidates = self._candidates(low, high)
@@ -93,6 +101,15 @@ class Grid:
         if self.exponent is not None:
             return error.abs_().pow_(self.exponent).sum(-1)
         return error.square_().sum(-1) if importance is None else error.square_().mul_(importance).sum(-1)
+
+
+    def codes(self, groups: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
+        """Codes uint8 [out, in] of ``groups`` [out, groups, group], each rounded on its own."""
+        codes = torch.empty(groups.shape, dtype=torch.uint8, device=groups.device)
+        size = max(1, FITTED // groups[0].numel())
+        for part, w, s, z in zip(*(t.split(size) for t in (codes, groups, scale[..., None], zero[..., None])), strict=True):
+            part.copy_(self.round(w, s, z))
+        return codes.flatten(1)
 
 
 def grouped(weight: torch.Tensor, group_size: int) -> torch.Tensor:

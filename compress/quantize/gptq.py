@@ -21,7 +21,7 @@ from weightworks.store.packing import IntScheme, Quantized
 PAPER = "Frantar et al. 2022, arXiv:2210.17323"
 VERSION = 1
 BLOCK = 128  # columns swept before the rest is updated by one matrix product (paper, section 3.3, step 2)
-ROWS = 4096  # output rows swept at a time: rows are independent, and a block of this many stays in the cache
+SWEPT = 1 << 23  # weights swept at a time: rows are independent, and a block of this many rows stays in the cache
 COLD = 64  # inputs seen, below which H says nothing worth compensating for (experts that no token reached)
 SAMPLE = 128  # rows whose output error is reported
 
@@ -65,15 +65,13 @@ def quantize(
 
     found = factor(hessian, order, damp_percent=damp_percent)
     if found.lower is None:
-        codes = grid.round(grouped(weight, size), scale[..., None], zero[..., None]).view_as(weight)
-        return (
-            Quantized(scheme, codes.byte(), scale.to(grid.scale_dtype), zero.byte()),
-            torch.zeros(weight.shape[0]),
-            found,
-        )
+        codes = grid.codes(grouped(weight, size), scale, zero)
+        rounded = Quantized(scheme, codes, scale.to(grid.scale_dtype), zero.byte())
+        return rounded, torch.zeros(weight.shape[0]), found
     codes, loss = torch.empty(weight.shape, dtype=torch.uint8), torch.empty(weight.shape[0])
-    for start in range(0, weight.shape[0], ROWS):
-        rows = slice(start, start + ROWS)
+    height = max(1, SWEPT // columns)
+    for start in range(0, weight.shape[0], height):
+        rows = slice(start, start + height)
         grids = scale[rows].T.contiguous(), zero[rows].T.contiguous()  # [groups, rows]
         swept = weight[rows].T[order]  # [in, rows]
         codes[rows, order], loss[rows] = sweep(
@@ -147,7 +145,7 @@ class Method:
             statistics.matrix.diagonal().fill_(1)
         hessian = statistics.finish()
         dead = int((hessian.diagonal() == 0).sum())
-        stacked = torch.cat(weights)  # rows are independent: one factor, one sweep
+        stacked = torch.cat(weights) if len(weights) > 1 else weights[0]  # rows are independent: one factor, one sweep
         weights.clear()
         energy = output_energy(stacked, hessian)
         quantized, loss, found = quantize(

@@ -30,7 +30,7 @@ class Method:
         grid = Grid(self.scheme(), target.scale_dtype, target.min_zero, signed=True, clip=self.options.clips)
         groups = grouped(weight, self.options.group_size)  # [out, groups, group]
         scale, zero = grid.fit(groups)
-        codes = grid.round(groups, scale[..., None], zero[..., None]).view_as(weight)
-        quantized = Quantized(self.scheme(), codes.byte(), scale.to(target.scale_dtype), zero.byte())
+        codes = grid.codes(groups, scale, zero)
+        quantized = Quantized(self.scheme(), codes, scale.to(target.scale_dtype), zero.byte())
         error = (quantized.dequantize() - weight).square().sum() / weight.square().sum().clamp(min=1e-30)
         return Solution(quantized, {"relative_weight_error": float(error)})

@@ -98,6 +98,7 @@ class Blockwise:
         skeleton.load(job.view, names, torch.float32, self.device)
         run_block(skeleton, index, self.probe, self.dense, torch.float32, self.device)
         skeleton.cast(names, self.dtype)
+        release()
         rows = self._solve(index)
         skeleton.load(Written(job, self.writer), names, torch.float32, self.device)
         run_block(skeleton, index, self.probe, self.result, torch.float32, self.device)
@@ -132,6 +133,7 @@ class Blockwise:
                 call = self.windows.call(stop - start, self.dtype).blocks[index]
                 watch(self.skeleton.blocks[index][1], call, self.states.read(start, stop).to(self.device), watchers)
             del watchers
+            release()
             for group in groups:
                 rows += self._group(index, group.linears, statistics.pop(group.leader))
         for linear in never:

@@ -23,8 +23,9 @@ from weightworks.stream.passes import batch_windows
 
 RUNTIME_BYTES = 48 << 20  # grown by the libraries once work starts: thread pools, BLAS buffers, scipy, loaders
 HEAP_BYTES = 64 << 20  # the most of freed temporaries that the allocator keeps until they are given back between steps
-SOLVED = 16  # bytes a weight while it is solved: float32, the part being swept, the codes, what they mean
-DECODED = 13  # bytes a weight while packed codes become float32: the codes, and three tensors of the expression
+SOLVED = 10  # bytes a weight while it is solved: float32 and its stack, or the codes and what they mean
+READ = 5  # bytes a weight while we decode it: the codes, and float32
+DECODED = 13  # bytes a weight while compressed-tensors does: the codes, and three tensors of the expression
 BYTES_A_SECOND = 500e6  # reading, writing and hashing a file, end to end
 SLACK = 1.5  # work beside matrix products: attention, norms, casts, the sweep's small steps
 
@@ -71,6 +72,7 @@ class _Sizes:
     inner_count: int  # the widest output of a linear for a batch
     logits: int  # of a window of the check text
     width: int  # bytes of the compute dtype
+    decodes_early: bool  # whether stock transformers decodes the result as it loads it
 
 
 def estimate(job: Job, *, tokens: tuple[int, int] | None, probe: tuple[int, int], dtype: torch.dtype) -> Estimate:
@@ -172,6 +174,7 @@ def _sizes(job: Job, tokens: tuple[int, int] | None, probe: tuple[int, int], dty
         inner_count=batch * max(linear.shape[0] for linear in linears),
         logits=4 * probe[1] * config.vocab_size,
         width=dtype.itemsize,
+        decodes_early=job.format is None or (job.scheme is not None and not job.scheme.symmetric),
     )
 
 
@@ -202,7 +205,7 @@ def _blockwise_phases(s: _Sizes, statistics: int, *, on_disk: bool) -> dict[str,
             "loading what is outside the blocks": s.outside + s.outside_largest,
             "watching a block": block + statistics + max(4 * s.width, 4 + s.width) * s.inner_count,
             "solving a block": block + max(statistics, s.solving),
-            "loading a block": 4 * s.block_count + DECODED * s.weight_count,
+            "loading a block": 4 * s.block_count + READ * s.weight_count,
             "scoring": s.outside + 3 * s.logits,
         },
     )
@@ -214,8 +217,8 @@ def _tensorwise_phases(s: _Sizes) -> dict[str, int]:
         s.base + s.probe,
         {
             "loading what is outside the blocks": s.outside + s.outside_largest,
-            "rounding a tensor": 24 * s.weight_count,
-            "running a block": 4 * s.block_count + max(DECODED * s.weight_count, 16 * s.inner_count),
+            "rounding a tensor": 18 * s.weight_count,
+            "running a block": 4 * s.block_count + max(READ * s.weight_count, 16 * s.inner_count),
             "scoring": s.outside + 3 * s.logits,
         },
     )
@@ -228,9 +231,11 @@ def _with_heap(kept: int, phases: dict[str, int]) -> dict[str, int]:
 
 
 def _reloading(s: _Sizes, blocks: int) -> int:
-    """Peak bytes of stock transformers with so many blocks: pages of the file, float32 weights, decoding or logits."""
-    weights = s.outside_stored + s.outside + blocks * (s.block_stored + 4 * s.block_count)
-    return s.base + weights + max(DECODED * s.weight_count, 3 * s.logits)
+    """Peak bytes of stock transformers with so many blocks: the mapped file while it loads, then decoding or logits."""
+    file, packed, dense = s.outside_stored + blocks * s.block_stored, blocks * s.block_stored, 4 * blocks * s.block_count
+    work = max(DECODED * s.weight_count, 3 * s.logits)
+    loading = file + (dense + DECODED * s.weight_count if s.decodes_early else packed)
+    return s.base + s.outside + max(loading, packed + dense + work)
 
 
 def _seconds(job: Job, tokens: tuple[int, int] | None, probe: tuple[int, int], dtype: torch.dtype) -> float:

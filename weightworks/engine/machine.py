@@ -16,6 +16,7 @@ import torch
 from weightworks.errors import UsageError
 
 CGROUPS, MEMBERSHIP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+KERNELS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY")  # variables that choose kernels
 WORTH = 1.5  # how much faster a 16-bit product must be than float32 to be used: noise must not decide
 
 
@@ -26,7 +27,8 @@ def cache_folder() -> Path:
 
 def speeds() -> dict[str, float]:
     """Operations a second (2 m n k a product) of a matrix product in float32, bfloat16 and float16 on the CPU."""
-    key = f"{_processor()} x{torch.get_num_threads()} torch {torch.__version__}"
+    chosen = "".join(f" {name}={os.environ[name]}" for name in KERNELS if name in os.environ)
+    key = f"{_processor()} x{torch.get_num_threads()} torch {torch.__version__}{chosen}"
     path = cache_folder() / "machine.json"
     try:
         known = json.loads(path.read_text())

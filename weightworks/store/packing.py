@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
+DECODED = 1 << 22  # weights decoded at a time: what is computed on the way stays small
+
 
 @dataclass(frozen=True, slots=True)
 class IntScheme:
@@ -50,13 +52,17 @@ class Quantized:
 
     def dequantize(self) -> torch.Tensor:
         """The weight these codes mean, float32 [out, in]."""
-        rows, columns = self.codes.shape
-        scale, zero = self.scale.float(), self.zero.float()
-        if self.group_index is not None:
-            index = self.group_index.long()
-            return (self.codes.float() - zero[:, index]) * scale[:, index]
-        grouped = self.codes.float().view(rows, scale.shape[1], -1)  # [out, groups, group]
-        return ((grouped - zero.unsqueeze(-1)) * scale.unsqueeze(-1)).view(rows, columns)
+        index = None if self.group_index is None else self.group_index.long()
+        weight = torch.empty(self.codes.shape, device=self.codes.device)
+        rows = max(1, DECODED // weight.shape[1])
+        for part, *stored in zip(*(t.split(rows) for t in (weight, self.codes, self.scale, self.zero)), strict=True):
+            codes, scale, zero = (t.float() for t in stored)
+            if index is not None:
+                part.copy_((codes - zero[:, index]) * scale[:, index])
+            else:
+                groups = codes.view(len(codes), scale.shape[1], -1)  # [rows, groups, group]
+                part.view_as(groups).copy_((groups - zero.unsqueeze(-1)) * scale.unsqueeze(-1))
+        return weight
 
 
 def packed_width(columns: int, bits: int) -> int:

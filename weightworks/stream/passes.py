@@ -13,7 +13,7 @@ from weightworks.stream.activations import Activations
 from weightworks.stream.replay import Calls, capture, embed, tail
 from weightworks.stream.skeleton import DenseReader, Skeleton
 
-BATCH_TOKENS = 2048  # tokens a forward pass works on: enough for full-speed products, little memory
+BATCH_TOKENS = 1024  # tokens a forward pass works on: enough for full-speed products, little memory
 
 
 def batch_windows(length: int) -> int:

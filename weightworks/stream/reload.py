@@ -101,6 +101,8 @@ def _losses(
             for parameter in model.parameters():
                 if parameter.dtype in (torch.bfloat16, torch.float16):  # experts keep theirs, whatever was asked for
                     parameter.data = parameter.data.float()
+                elif parameter.dtype != torch.float32:  # a view of the mapped file: one keeps all its pages in memory
+                    parameter.data = parameter.data.clone()
             model(tokens[:1, :1], use_cache=False)  # packed weights are decoded at the first call
             release()
             return torch.cat([window_losses(model(row, use_cache=False).logits, row) for row in tokens.split(1)])
