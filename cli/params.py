@@ -10,12 +10,14 @@ import inspect
 import types
 import typing
 from collections.abc import Callable
-from typing import Annotated, Any, Literal, Optional, Union, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Optional, Union, get_args, get_origin
 
 import typer
-from pydantic.fields import FieldInfo
 
-from weightworks.options import Options
+if TYPE_CHECKING:  # help that lists no options does without pydantic
+    from pydantic.fields import FieldInfo
+
+    from weightworks.options import Options
 
 ALIASES = {"num_samples": ["--nsamples"], "output_dir": ["-o"]}
 OPPOSITES = {"sym": "--asym"}
