@@ -3,8 +3,8 @@
     sudo python benchmarks/larger_than_memory.py --limit 1GiB --times 4
     python benchmarks/larger_than_memory.py --times 4 -- --max-memory 1GiB     what follows -- goes to compress quantize
 
-As root on a machine with cgroup v2 the limit is memory.max of a group of its own, with no swap: it covers page cache
-and children, and the kernel kills what goes beyond. Otherwise it is RLIMIT_DATA, which bounds the heap and private
+As root the limit is that of a control group of its own (version 2: memory.max without swap; version 1:
+memory.limit_in_bytes): it covers page cache and children, and the kernel kills what goes beyond. Otherwise it is RLIMIT_DATA, which bounds the heap and private
 mappings of each process, whether touched or not, and leaves page cache out. The output says which. The checkpoint has
 Llama-3.2-1B's proportions at --hidden, and as many layers as it takes. It is made before the limit holds.
 """
@@ -62,6 +62,22 @@ def cgroup(limit: int) -> Iterator[Fence]:
 
 
 @contextmanager
+def cgroup_v1(limit: int) -> Iterator[Fence]:
+    """A cgroup v1 with ``memory.limit_in_bytes``; raises OSError where there is none to be had."""
+    group = CGROUPS / "memory" / f"larger-than-memory-{os.getpid()}"
+    group.mkdir()
+    try:
+        (group / "memory.limit_in_bytes").write_text(str(limit))
+        yield Fence(
+            kind="cgroup v1 memory.limit_in_bytes",
+            prefix=f"echo $$ > {group}/cgroup.procs",
+            peak=lambda: int((group / "memory.max_usage_in_bytes").read_text()),
+        )
+    finally:
+        group.rmdir()
+
+
+@contextmanager
 def data_limit(limit: int) -> Iterator[Fence]:
     """RLIMIT_DATA; the kernel keeps no peak of it, so the process is sampled."""
     peaks = [0]
@@ -88,11 +104,12 @@ def data_limit(limit: int) -> Iterator[Fence]:
 def fence(limit: int) -> Iterator[Fence]:
     """The cgroup if there is one to be had, else RLIMIT_DATA."""
     with ExitStack() as stack:
-        try:
-            made = stack.enter_context(cgroup(limit))
-        except OSError as error:
-            note(f"no cgroup ({error}); using RLIMIT_DATA")
-            made = stack.enter_context(data_limit(limit))
+        for kind in (cgroup, cgroup_v1, data_limit):
+            try:
+                made = stack.enter_context(kind(limit))
+                break
+            except OSError as error:
+                note(f"no {kind.__name__} ({error})")
         yield made
 
 

@@ -16,7 +16,7 @@ from weightworks.engine.finish import copy_rest, finish, stream_perplexity
 from weightworks.engine.job import Job, digest_of
 from weightworks.engine.machine import compute_dtype, free_memory, pick_device
 from weightworks.engine.tensorwise import run_tensorwise
-from weightworks.errors import CalibrationError, DegradedError, OutputError, WeightworksError
+from weightworks.errors import CalibrationError, DegradedError, OutputError, ResourceError, WeightworksError
 from weightworks.report.progress import Progress
 from weightworks.stage import catalog
 from weightworks.stage.settings import Settings
@@ -25,6 +25,7 @@ from weightworks.store.manifest import changed_files, read_provenance
 from weightworks.store.writer import CheckpointWriter, check_target
 from weightworks.stream.builtin import verification_text
 from weightworks.stream.calibration import Calibration, encode_all, load_tokenizer, load_windows
+from weightworks.stream.memory import ran_out
 from weightworks.stream.skeleton import Skeleton
 
 PROBE_WINDOWS, PROBE_LENGTH = 4, 256  # the check text: enough to tell a broken folder from a sound one
@@ -166,6 +167,11 @@ def execute(
         job.progress.note(f"{type(error).__name__}: {error}")
         if isinstance(error, WeightworksError) and not writer.steps:
             writer.discard()  # refused before work: there is nothing to continue
+        if ran_out(error):
+            raise ResourceError(
+                "out of memory; what is finished is kept",
+                hint="run it again with a smaller --max-memory, so that activations go to disk, or close other programs",
+            ) from error
         raise
     finally:
         writer.close()

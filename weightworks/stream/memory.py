@@ -1,4 +1,4 @@
-"""Freed memory given back to the system."""
+"""Freed memory given back to the system; memory that ran out."""
 
 from __future__ import annotations
 
@@ -6,8 +6,17 @@ import ctypes
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
+
 MMAP_THRESHOLD = -3  # M_MMAP_THRESHOLD of malloc.h
 SMALL, LARGE = 1 << 20, 32 << 20  # bytes; the larger is what glibc's own threshold grows to
+
+
+def ran_out(error: BaseException) -> bool:
+    """Whether memory ran out, in Python, on a device, or in torch's allocator, which raises a plain RuntimeError."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
 
 
 def release() -> None:

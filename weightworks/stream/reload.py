@@ -18,7 +18,7 @@ from weightworks.errors import VerificationError
 from weightworks.store.checkpoint import Checkpoint
 from weightworks.store.dense import DenseView
 from weightworks.store.formats import packed_scheme
-from weightworks.stream.memory import release, released_at_once
+from weightworks.stream.memory import ran_out, release, released_at_once
 from weightworks.stream.passes import window_losses
 from weightworks.stream.skeleton import Skeleton
 
@@ -106,9 +106,9 @@ def _losses(
             model(tokens[:1, :1], use_cache=False)  # packed weights are decoded at the first call
             release()
             return torch.cat([window_losses(model(row, use_cache=False).logits, row) for row in tokens.split(1)])
-    except (torch.OutOfMemoryError, MemoryError):
-        raise
     except Exception as error:  # whatever the loader raises, the folder is not what it should be
+        if ran_out(error):
+            raise
         reason = (str(error).strip() or "no text").splitlines()[0]
         raise VerificationError(f"transformers cannot load the folder ({type(error).__name__}: {reason})") from error
 

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_map_only
 
 from weightworks.errors import ArchitectureError, WeightworksError
 from weightworks.store.writer import check_finite
+from weightworks.stream.memory import ran_out
 from weightworks.stream.skeleton import DenseReader, Skeleton, place
 
 PROOF_TOLERANCE = 1e-4  # relative to the largest logit; the two passes run the same kernels, so 0 is usual
@@ -186,9 +187,11 @@ def prove(skeleton: Skeleton, reader: DenseReader, tokens: torch.Tensor) -> int:
     name = type(skeleton.model).__name__
     try:
         returns_tuple, difference = _compare(skeleton, reader, tokens)
-    except (WeightworksError, torch.OutOfMemoryError, MemoryError):
+    except WeightworksError:
         raise
     except Exception as error:  # whatever the model's own code raises, it does not stand being taken apart
+        if ran_out(error):
+            raise
         reason = (str(error).strip() or "no text").splitlines()[0]
         raise ArchitectureError(
             f"{name}: its forward pass fails once its blocks are called one by one ({type(error).__name__}: {reason}), "

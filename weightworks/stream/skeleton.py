@@ -17,7 +17,7 @@ from torch import nn
 from weightworks.errors import ArchitectureError
 from weightworks.store.checkpoint import Checkpoint
 from weightworks.store.dense import DenseView
-from weightworks.stream.memory import release
+from weightworks.stream.memory import release, released_at_once
 
 CONTEXT_KEYS = ("max_position_embeddings", "max_seq_len", "n_positions")  # what configurations call the longest input
 UNLIMITED = 1 << 20  # tokens, where a configuration names no limit
@@ -191,7 +191,8 @@ def _meta_model(checkpoint: Checkpoint, trust_remote_code: bool) -> nn.Module:
         if getattr(config, "quantization_config", None) is not None:
             del config.quantization_config
         config.use_cache = False
-        with init_empty_weights(include_buffers=False):
+        # Each parameter is there for a moment before it is moved to meta; in the heap that would leave holes.
+        with released_at_once(), init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(
                 config, trust_remote_code=trust_remote_code, dtype=torch.float32, experts_implementation="eager"
             )
