@@ -102,12 +102,13 @@ class Grid:
             return error.abs_().pow_(self.exponent).sum(-1)
         return error.square_().sum(-1) if importance is None else error.square_().mul_(importance).sum(-1)
 
-
     def codes(self, groups: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
         """Codes uint8 [out, in] of ``groups`` [out, groups, group], each rounded on its own."""
         codes = torch.empty(groups.shape, dtype=torch.uint8, device=groups.device)
         size = max(1, FITTED // groups[0].numel())
-        for part, w, s, z in zip(*(t.split(size) for t in (codes, groups, scale[..., None], zero[..., None])), strict=True):
+        for part, w, s, z in zip(
+            *(t.split(size) for t in (codes, groups, scale[..., None], zero[..., None])), strict=True
+        ):
             part.copy_(self.round(w, s, z))
         return codes.flatten(1)
 

@@ -232,7 +232,11 @@ def _with_heap(kept: int, phases: dict[str, int]) -> dict[str, int]:
 
 def _reloading(s: _Sizes, blocks: int) -> int:
     """Peak bytes of stock transformers with so many blocks: the mapped file while it loads, then decoding or logits."""
-    file, packed, dense = s.outside_stored + blocks * s.block_stored, blocks * s.block_stored, 4 * blocks * s.block_count
+    file, packed, dense = (
+        s.outside_stored + blocks * s.block_stored,
+        blocks * s.block_stored,
+        4 * blocks * s.block_count,
+    )
     work = max(DECODED * s.weight_count, 3 * s.logits)
     loading = file + (dense + DECODED * s.weight_count if s.decodes_early else packed)
     return s.base + s.outside + max(loading, packed + dense + work)
