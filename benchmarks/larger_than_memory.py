@@ -4,9 +4,10 @@
     python benchmarks/larger_than_memory.py --times 4 -- --max-memory 1GiB     what follows -- goes to compress quantize
 
 As root the limit is that of a control group of its own (version 2: memory.max without swap; version 1:
-memory.limit_in_bytes): it covers page cache and children, and the kernel kills what goes beyond. Otherwise it is RLIMIT_DATA, which bounds the heap and private
-mappings of each process, whether touched or not, and leaves page cache out. The output says which. The checkpoint has
-Llama-3.2-1B's proportions at --hidden, and as many layers as it takes. It is made before the limit holds.
+memory.limit_in_bytes): it covers page cache and children, and the kernel kills what goes beyond. Otherwise it is
+RLIMIT_DATA, which bounds the heap and private mappings of each process, whether touched or not, and leaves page cache
+out. The output says which. The checkpoint has Llama-3.2-1B's proportions at --hidden, and as many layers as it takes.
+It is made before the limit holds.
 """
 
 from __future__ import annotations

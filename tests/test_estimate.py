@@ -129,7 +129,6 @@ def test_peak_memory_is_predicted(tiny_llama: Path, middle: Path, tmp_path: Path
 
     with ThreadPoolExecutor(2) as pool:
         results = dict(zip(cases, pool.map(measure, cases), strict=True))
-    print(results)
     seen = {name: round(facts["peak_bytes"] / peak, 3) for name, (facts, peak) in results.items()}
     assert {name: ratio for name, ratio in seen.items() if not 0.8 <= ratio <= 1.2} == {}, seen
     assert {name: facts["on_disk"] for name, (facts, _) in results.items()} == {name: "disk" in name for name in cases}
