@@ -14,7 +14,8 @@ from conftest import CheckpointMaker
 from safetensors.torch import load_file, save_file
 
 from weightworks.errors import CheckpointError, MethodError
-from weightworks.store.checkpoint import INDEX, SINGLE, Checkpoint, resolve
+from weightworks.store.checkpoint import INDEX, SINGLE, Checkpoint
+from weightworks.store.sources import resolve
 from weightworks.store.tensorfile import DTYPES, read_header
 from weightworks.store.writer import check_finite
 

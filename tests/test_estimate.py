@@ -133,7 +133,7 @@ def test_peak_memory_is_predicted(tiny_llama: Path, middle: Path, tmp_path: Path
     assert {name: ratio for name, ratio in seen.items() if not 0.8 <= ratio <= 1.2} == {}, seen
     assert {name: facts["on_disk"] for name, (facts, _) in results.items()} == {name: "disk" in name for name in cases}
     peaks = {name: peak for name, (_, peak) in results.items()}
-    assert peaks["middle gptq bfloat16"] > 1.2 * peaks["tiny gptq float32"]  # else the libraries alone were measured
+    assert peaks["middle gptq bfloat16"] > peaks["tiny gptq float32"] + 80e6  # else the libraries alone were measured
 
 
 # What the machine has left.

@@ -103,7 +103,7 @@ def test_row_bands_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     weight, inputs = problem(40, 64)
     hessian, scheme = statistics(inputs).finish(), IntScheme(4, 32, False)
     whole = sweep(weight, hessian, scheme, static_groups=False)
-    monkeypatch.setattr(gptq, "ROWS", 16)
+    monkeypatch.setattr(gptq, "SWEPT", 16 * 64)
     banded = sweep(weight, hessian, scheme, static_groups=False)
     assert torch.equal(whole.dequantize(), banded.dequantize())
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from commands import FEW, ONE_THREAD, TINY_LLAMA, Commands, Fault, Run
 
-from weightworks.store.checkpoint import file_digest
+from weightworks.store.sources import file_digest
 from weightworks.store.writer import JOURNAL
 
 DONE = "weightworks.store.writer:CheckpointWriter.done"

@@ -21,7 +21,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from weightworks.errors import MethodError, OutputError, VerificationError
-from weightworks.store.checkpoint import INDEX, SINGLE, Checkpoint, file_digest
+from weightworks.store.checkpoint import INDEX, SINGLE, Checkpoint
+from weightworks.store.sources import file_digest
 from weightworks.store.tensorfile import TensorSpec, build_header, read_header
 from weightworks.store.writer import (
     JOURNAL,

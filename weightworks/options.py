@@ -30,10 +30,15 @@ class Options(BaseModel):
     @classmethod
     def problems(cls, values: dict[str, Any], *, where: str) -> list[str]:
         """What is wrong with ``values``, a sentence each."""
+        return [text for _, text in cls.complaints(values, where=where)]
+
+    @classmethod
+    def complaints(cls, values: dict[str, Any], *, where: str) -> list[tuple[str, str]]:
+        """What is wrong with ``values``: the option at fault (empty: several together) and a sentence, each."""
         try:
             cls(**values)
         except ValidationError as error:
-            return [cls._explain(problem, where) for problem in error.errors()]
+            return [(str((*problem["loc"], "")[0]), cls._explain(problem, where)) for problem in error.errors()]
         return []
 
     @classmethod

@@ -10,10 +10,11 @@ import torch
 from weightworks.engine.job import Job, digest_of, fallbacks
 from weightworks.errors import VerificationError, WeightworksError
 from weightworks.report.card import model_card
-from weightworks.store.checkpoint import INDEX, Checkpoint, file_digest
+from weightworks.store.checkpoint import INDEX, Checkpoint
 from weightworks.store.dense import DenseView
 from weightworks.store.manifest import PROVENANCE
 from weightworks.store.sidecars import copy_sidecars
+from weightworks.store.sources import file_digest
 from weightworks.store.writer import CheckpointWriter
 from weightworks.stream.activations import Activations
 from weightworks.stream.passes import Windows, perplexity, stream_losses

@@ -12,9 +12,10 @@ from weightworks.engine.finish import TOLERANCE
 from weightworks.engine.machine import free_memory
 from weightworks.errors import WeightworksError
 from weightworks.plan.stage import check_windows
-from weightworks.store.checkpoint import Checkpoint, resolve
+from weightworks.store.checkpoint import Checkpoint
 from weightworks.store.dense import DenseView
 from weightworks.store.manifest import changed_files, read_provenance
+from weightworks.store.sources import resolve
 from weightworks.store.writer import check_finite
 from weightworks.stream.activations import Activations
 from weightworks.stream.passes import Windows, perplexity, shell, stream_losses

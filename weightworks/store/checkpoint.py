@@ -6,7 +6,6 @@ import hashlib
 import json
 import math
 import pickle
-import re
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -17,13 +16,12 @@ from typing import Any
 import torch
 
 from weightworks.errors import CheckpointError, nearest
+from weightworks.store.sources import file_digest, resolve
 from weightworks.store.tensorfile import TensorInfo, TensorSpec, read_bytes, read_header
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 PICKLE_INDEX = "pytorch_model.bin.index.json"
-HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+(@[\w./-]+)?")  # "./x" and "../x" are folders
-HUB_PATTERNS = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.py", "LICENSE*", "README.md"]
 
 
 @dataclass(frozen=True)
@@ -137,44 +135,6 @@ class Checkpoint:
     def digest(self) -> str:
         """sha256 over the names and contents of ``files``."""
         return hashlib.sha256(json.dumps(self.files, sort_keys=True).encode()).hexdigest()
-
-
-def file_digest(path: Path) -> str:
-    """sha256 of a file's bytes, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def resolve(source: str, *, allow_pickle: bool = False) -> Path:
-    """The local folder of ``source``: a folder as it is, a hub id from the hub's cache or the hub."""
-    path = Path(source).expanduser()
-    if path.is_dir():
-        if not any(path.iterdir()):
-            raise CheckpointError(f"{path}: the folder is empty; a checkpoint holds config.json and *.safetensors")
-        return path
-    if path.is_file():
-        raise CheckpointError(f"{path}: is a file; give the checkpoint folder that holds it")
-    if not HUB_ID.fullmatch(source):
-        raise CheckpointError(
-            f"{source}: no such folder", hint="give a local folder, or org/name[@revision] on the hub"
-        )
-    return _download(source, allow_pickle)
-
-
-def _download(source: str, allow_pickle: bool) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
-
-    name, _, revision = source.partition("@")
-    patterns = [*HUB_PATTERNS, "*.bin"] if allow_pickle else HUB_PATTERNS
-    try:
-        return Path(snapshot_download(name, revision=revision or None, allow_patterns=patterns))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise CheckpointError(
-            f"{source}: no such folder, and the hub did not give it ({type(error).__name__}: {reason})",
-            hint="check the path or id; offline, download the model into the hub's cache first",
-        ) from None
 
 
 def _shards(root: Path) -> list[str]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from weightworks.errors import CheckpointError
-from weightworks.store.checkpoint import file_digest
+from weightworks.store.sources import file_digest
 
 PROVENANCE = "provenance.json"
 

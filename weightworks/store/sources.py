@@ -1,0 +1,102 @@
+"""Where a checkpoint lies and what it holds, without opening it: folder or hub id, digests of files. No torch here."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+from weightworks.errors import CheckpointError
+
+HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+(@[\w./-]+)?")  # "./x" and "../x" are folders
+HUB_PATTERNS = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.py", "LICENSE*", "README.md"]
+SETTLED = 2.0  # seconds a file must have been left alone before its digest is remembered: clocks of files are coarse
+
+
+def resolve(source: str, *, allow_pickle: bool = False) -> Path:
+    """The local folder of ``source``: a folder as it is, a hub id from the hub's cache or the hub."""
+    path = Path(source).expanduser()
+    if path.is_dir():
+        if not any(path.iterdir()):
+            raise CheckpointError(f"{path}: the folder is empty; a checkpoint holds config.json and *.safetensors")
+        return path
+    if path.is_file():
+        raise CheckpointError(f"{path}: is a file; give the checkpoint folder that holds it")
+    if not HUB_ID.fullmatch(source):
+        raise CheckpointError(
+            f"{source}: no such folder", hint="give a local folder, or org/name[@revision] on the hub"
+        )
+    return _download(source, allow_pickle)
+
+
+def _download(source: str, allow_pickle: bool) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    name, _, revision = source.partition("@")
+    patterns = [*HUB_PATTERNS, "*.bin"] if allow_pickle else HUB_PATTERNS
+    try:
+        return Path(snapshot_download(name, revision=revision or None, allow_patterns=patterns))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise CheckpointError(
+            f"{source}: no such folder, and the hub did not give it ({type(error).__name__}: {reason})",
+            hint="check the path or id; offline, download the model into the hub's cache first",
+        ) from None
+
+
+def file_digest(path: Path) -> str:
+    """sha256 of a file's bytes, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class Digests:
+    """sha256 of files, remembered between runs in the file ``memo`` by path, size, time of change and inode."""
+
+    def __init__(self, memo: Path) -> None:
+        self.memo = memo
+        self.fresh: dict[str, list[Any]] = {}
+        try:
+            known = json.loads(memo.read_text())
+        except (OSError, ValueError):
+            known = {}
+        self.known: dict[str, list[Any]] = known if isinstance(known, dict) else {}
+
+    def file(self, path: Path) -> str:
+        """The digest of one file."""
+        status = path.stat()
+        name, mark = str(path.resolve()), [status.st_size, status.st_mtime_ns, status.st_ino]
+        found = self.fresh.get(name) or self.known.get(name)
+        if found and found[:3] == mark:
+            return str(found[3])
+        digest = file_digest(path)
+        if time.time() - status.st_mtime > SETTLED:
+            self.fresh[name] = [*mark, digest]
+        return digest
+
+    def folder(self, root: Path) -> dict[str, str]:
+        """Digests by name of a folder's files, and of those one level down; hidden ones and unfinished work left out."""
+        paths = [path for path in root.iterdir() if path.is_file()]
+        for inner in root.iterdir():
+            if inner.is_dir() and not inner.name.startswith(".") and inner.suffix != ".partial":
+                paths += [path for path in inner.iterdir() if path.is_file()]
+        kept = [path for path in paths if not path.name.startswith(".") and path.suffix not in (".log", ".lock")]
+        return {str(path.relative_to(root)): self.file(path) for path in sorted(kept)}
+
+    def save(self) -> None:
+        """Remember what was computed; another run's additions in the meantime are kept. Files that are gone are forgotten."""
+        if not self.fresh:
+            return
+        known = {**Digests(self.memo).known, **self.fresh}
+        try:
+            self.memo.parent.mkdir(parents=True, exist_ok=True)
+            temporary = self.memo.with_suffix(f".{os.getpid()}")
+            temporary.write_text(json.dumps({name: mark for name, mark in known.items() if os.path.exists(name)}))
+            temporary.replace(self.memo)
+        except OSError:
+            pass  # a read-only home costs hashing again, nothing else
