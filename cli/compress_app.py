@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from cli import recipes
 from cli.common import guarded, spell, version
 from cli.params import command, given, parameters
 from cli.render import duration, emit, pairs, show, show_error, size, table
@@ -316,6 +317,7 @@ def methods(
 
 COMMANDS: dict[str, Callable[..., int | None]] = {
     "quantize": quantize, "evaluate": evaluate, "inspect": inspect, "diff": diff, "verify": verify, "methods": methods,
+    "run": recipes.run, "explain": recipes.explain, "schema": recipes.schema, "cache": recipes.cache,
 }  # fmt: skip
 
 

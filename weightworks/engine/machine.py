@@ -14,15 +14,11 @@ import psutil
 import torch
 
 from weightworks.errors import UsageError
+from weightworks.store.sources import cache_folder
 
 CGROUPS, MEMBERSHIP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 KERNELS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY")  # variables that choose kernels
 WORTH = 1.5  # how much faster a 16-bit product must be than float32 to be used: noise must not decide
-
-
-def cache_folder() -> Path:
-    """Where small facts are remembered between runs."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "weightworks"
 
 
 def speeds() -> dict[str, float]:

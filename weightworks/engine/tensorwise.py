@@ -20,7 +20,7 @@ def run_tensorwise(job: Job, writer: CheckpointWriter) -> list[dict[str, Any]]:
     finished = {row["tensor"] for facts in writer.steps.values() for row in facts.get("rows", [])}
     if finished:
         job.progress.say(f"resuming after {len(finished)} of {len(names)} tensors")
-    job.progress.begin("tensor", len(names), len(finished))
+    job.progress.begin("tensor", len(names), len(finished), every=5.0)
     rows: list[dict[str, Any]] = []
     held = 0
     for name in names:

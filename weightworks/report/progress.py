@@ -40,8 +40,9 @@ class Progress:
         if self._log:
             self._log.write(f"{time.monotonic() - self._started:9.1f}s {text}\n")
 
-    def begin(self, label: str, total: int, done: int = 0) -> None:
-        """A stretch of ``total`` steps, ``done`` of them finished earlier."""
+    def begin(self, label: str, total: int, done: int = 0, *, every: float = 0.0) -> None:
+        """A stretch of ``total`` steps, ``done`` of them finished earlier; a line at most ``every`` so many seconds."""
+        self._every, self._shown = every, time.monotonic()
         self._label, self._total, self._done = label, total, done
         self._first, self._since = done, time.monotonic()
         if self.stream.isatty() and not self.quiet:
@@ -60,7 +61,10 @@ class Progress:
             self._bar.set_postfix_str(text)
             self.say(line, detail=True)
         else:
-            self.say(f"{line} ({elapsed:.0f} s, about {left:.0f} s left)")
+            now = time.monotonic()
+            due = self._done == self._total or now - self._shown >= self._every
+            self._shown = now if due else self._shown
+            self.say(f"{line} ({elapsed:.0f} s, about {left:.0f} s left)", detail=not due)
 
     def end(self) -> None:
         """The stretch is over."""

@@ -17,6 +17,11 @@ HUB_PATTERNS = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.py"
 SETTLED = 2.0  # seconds a file must have been left alone before its digest is remembered: clocks of files are coarse
 
 
+def cache_folder() -> Path:
+    """Where small facts are remembered between runs."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "weightworks"
+
+
 def resolve(source: str, *, allow_pickle: bool = False) -> Path:
     """The local folder of ``source``: a folder as it is, a hub id from the hub's cache or the hub."""
     path = Path(source).expanduser()

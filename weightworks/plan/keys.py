@@ -1,0 +1,139 @@
+"""What a stage's output depends on, and the sha256 of it: the key under which it is kept.
+
+A key holds the keys of the stage's inputs, down to the contents of the sources, so keys of a whole graph are known before
+anything runs, and change exactly downstream of what changed. No torch here: a run that finds everything done is quick.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib import metadata
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import weightworks
+from weightworks.plan.graph import Recipe, Stage
+from weightworks.stage import catalog
+from weightworks.stage.settings import Settings
+from weightworks.store.sources import Digests, resolve
+
+NUMERIC = ("torch", "numpy", "scipy", "transformers", "safetensors")  # versions that may change a bit of the output
+CALIBRATION = ("dataset", "num_samples", "seq_len", "dtype")  # settings of methods that look at inputs
+SHARDS = "max_shard_size"
+
+
+@dataclass(frozen=True)
+class Key:
+    """The sha256 of ``material``, what an output depends on."""
+
+    digest: str
+    material: Mapping[str, Any]
+
+
+def stage_keys(recipe: Recipe, digests: Digests) -> dict[str, Key]:
+    """The keys of all sources and stages of ``recipe``."""
+    keys: dict[str, Key] = {}
+    for name, model in recipe.sources.items():
+        keys[name] = _key({"source": digests.folder(resolve(model))})
+    for name, stage in recipe.stages.items():
+        keys[name] = _key(
+            material(stage, {role: [keys[i].digest for i in names] for role, names in stage.inputs.items()}, digests)
+        )
+    return keys
+
+
+def material(stage: Stage, inputs: Mapping[str, Any], digests: Digests) -> dict[str, Any]:
+    """All that the output of ``stage`` depends on, given the keys of its ``inputs`` by role."""
+    entry = catalog.methods()[stage.label]
+    module = entry.load()
+    options = module.Options(**stage.options)
+    settings = Settings(**stage.settings)
+    watches = hasattr(module.Method, "watch")
+    matter = ["seed", "device", "trust_remote_code"]
+    matter += [*CALIBRATION] if watches else []
+    matter += [SHARDS] if stage.kind != "score" else []
+    resolved = settings.resolved()
+    facts: dict[str, Any] = {
+        "method": stage.label,
+        "method_version": module.VERSION,
+        "weightworks": weightworks.__version__,
+        "options": options.resolved(),
+        "settings": {name: resolved[name] for name in matter},
+        "inputs": dict(inputs),
+        "environment": environment(),
+    }
+    if (distribution := getattr(entry, "distribution", None)) is not None:
+        facts["distribution"] = distribution
+    if watches:
+        facts["calibration"] = calibration(settings.dataset, digests)
+    if hasattr(module.Method, "files"):
+        facts["files"] = {str(path): digests.file(path) for path in module.Method(options).files()}
+    return facts
+
+
+def calibration(dataset: str, digests: Digests) -> Any:
+    """What stands for the calibration text: contents of files; the name of what is not a file."""
+    path = Path(dataset).expanduser()
+    if dataset == "builtin":
+        spec = find_spec("weightworks.stream.builtin")
+        assert spec is not None and spec.submodule_search_locations is not None
+        texts = sorted(Path(spec.submodule_search_locations[0]).glob("*.txt"))
+        return {"python": platform.python_version(), **{path.name: digests.file(path) for path in texts}}
+    return digests.file(path) if path.is_file() else dataset
+
+
+@cache
+def environment() -> dict[str, str]:
+    """Versions and hardware that numbers depend on."""
+    threads = os.environ.get("OMP_NUM_THREADS") or str(len(os.sched_getaffinity(0)))
+    versions = {name: metadata.version(name) for name in NUMERIC}
+    return {**versions, "machine": platform.machine(), "processor": _processor(), "threads": threads}
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str]:
+    """In words, what makes a stage stale: ``bits: 4 -> 3``, ``input model``, ``torch 2.12 -> 2.13``."""
+    for part, before in old.items():
+        after = new.get(part)
+        if before == after:
+            continue
+        if part in ("options", "settings", "environment"):
+            for name in {**before, **(after or {})}:
+                was, now = before.get(name), (after or {}).get(name)
+                if was != now:
+                    yield f"{name.replace('_', ' ')}: {_short(was)} -> {_short(now)}"
+        elif part == "inputs":
+            names = {**before, **(after or {})}
+            yield from (f"input '{role}' changed" for role in names if before.get(role) != (after or {}).get(role))
+        elif part in ("calibration", "files", "source"):
+            yield {"calibration": "calibration text changed", "files": "a text changed"}.get(part, "files changed")
+        else:
+            yield f"{part.replace('_', ' ')}: {_short(before)} -> {_short(after)}"
+    yield from (f"{part.replace('_', ' ')} is new" for part in new if part not in old)
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value) if isinstance(value, list | dict) else str(value)
+    return text if len(text) <= 40 else text[:37] + "..."
+
+
+def _key(facts: Mapping[str, Any]) -> Key:
+    text = json.dumps(facts, sort_keys=True, ensure_ascii=False)
+    return Key(hashlib.sha256(text.encode()).hexdigest(), facts)
+
+
+@cache
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next(
+        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor()
+    )

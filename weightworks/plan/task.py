@@ -1,0 +1,118 @@
+"""One stage as a piece of work that any process or machine can do: small, picklable, no tensors."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from weightworks.errors import MethodError
+from weightworks.stage import catalog
+
+SCORE = "score.json"
+
+
+@dataclass(frozen=True)
+class Task:
+    """A stage with the folders of its inputs: (name in the recipe, folder or hub id) by role.
+
+    ``values`` are options and settings by name; ``target`` is where the output goes, ``material`` what it depends on.
+    """
+
+    stage: str
+    kind: str
+    method: str
+    inputs: Mapping[str, tuple[tuple[str, str], ...]]
+    options: Mapping[str, Any]
+    settings: Mapping[str, Any]
+    target: Path
+    material: Mapping[str, Any]
+    quiet: bool = True
+
+
+def estimate(task: Task) -> dict[str, Any]:
+    """Time, peak memory, disk and output bytes of a task whose inputs exist; nothing is written. Empty for scores."""
+    if task.kind == "score":
+        return {}
+    outcome = _run(task, dry_run=True)
+    return outcome.estimate.facts() if outcome.estimate else {}
+
+
+def perform(task: Task) -> dict[str, Any]:
+    """Do the work; returns what it cost. Unfinished work of an earlier try is continued, a damaged output replaced."""
+    started = time.monotonic()
+    _reset_peak()
+    task.target.parent.mkdir(parents=True, exist_ok=True)
+    if task.target.exists():  # not entered in the cache, or no longer what was entered
+        shutil.rmtree(task.target)
+    if task.kind == "score":
+        _score(task)
+    else:
+        _run(task, dry_run=False)
+    return {
+        "stage": task.stage,
+        "method": f"{task.kind}.{task.method}",
+        "seconds": time.monotonic() - started,
+        "peak_bytes": _peak(),
+    }
+
+
+def _run(task: Task, *, dry_run: bool) -> Any:
+    from weightworks.plan.stage import run_stage
+    from weightworks.report.progress import Progress
+    from weightworks.stage.settings import Settings
+
+    if set(task.inputs) != {"model"}:
+        raise MethodError(f"{task.kind}.{task.method}: inputs {', '.join(task.inputs)} cannot be run yet")
+    return run_stage(
+        task.kind,
+        task.method,
+        task.inputs["model"][0][1],
+        dict(task.options),
+        Settings(**task.settings),
+        output_dir=task.target,
+        dry_run=dry_run,
+        progress=Progress(quiet=task.quiet),
+    )
+
+
+def _score(task: Task) -> None:
+    """Score the inputs; the result and its provenance appear together by one rename."""
+    from weightworks.stage.protocols import Subject
+    from weightworks.stage.settings import Settings
+    from weightworks.store.manifest import PROVENANCE
+    from weightworks.store.sources import file_digest
+
+    entry = catalog.find(task.kind, task.method)
+    method = entry.load().Method(entry.load().Options(**task.options))
+    subjects = {name: Subject(name, model) for names in task.inputs.values() for name, model in names}
+    baseline = task.inputs.get("baseline", task.inputs["models"])[0][0]
+    result = method.score(list(subjects.values()), baseline, Settings(**task.settings), lambda line: None)
+    staging = task.target.with_name(task.target.name + ".partial")
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    (staging / SCORE).write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    provenance = {"identity": dict(task.material), "files": {SCORE: file_digest(staging / SCORE)}}
+    (staging / PROVENANCE).write_text(json.dumps(provenance, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    staging.rename(task.target)
+
+
+def _reset_peak() -> None:
+    """Start counting the peak of resident memory anew, where the system allows it."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        pass
+
+
+def _peak() -> int | None:
+    """The peak of resident memory since it was reset, bytes."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM")), None)
