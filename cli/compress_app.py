@@ -213,12 +213,16 @@ def inspect(
     model: MODEL,
     tensors: Annotated[bool, typer.Option("--tensors", help="every tensor, not only groups")] = False,
     sparsity: Annotated[bool, typer.Option("--sparsity", help="read all weights and count zeros")] = False,
+    lineage: Annotated[bool, typer.Option("--lineage", help="only the stages it came through, to the source")] = False,
     allow_pickle: Annotated[bool, typer.Option("--allow-pickle", help="read .bin weights")] = False,
     json: JSON = False,
 ) -> int | None:
     """What a checkpoint holds: tensors, dtypes, bits, sparsity, size, and the stages it came through."""
     from weightworks.store.inspection import inspect as run
 
+    if lineage:
+        recipes.show_lineage(Path(model), json=json)
+        return 0
     facts = run(model, sparsity=sparsity, allow_pickle=allow_pickle)
     if json:
         emit(facts)
@@ -317,7 +321,7 @@ def methods(
 
 COMMANDS: dict[str, Callable[..., int | None]] = {
     "quantize": quantize, "evaluate": evaluate, "inspect": inspect, "diff": diff, "verify": verify, "methods": methods,
-    "run": recipes.run, "explain": recipes.explain, "schema": recipes.schema, "cache": recipes.cache,
+    "run": recipes.run, "explain": recipes.explain, "schema": recipes.schema, "recipe": recipes.recipe, "cache": recipes.cache,
 }  # fmt: skip
 
 

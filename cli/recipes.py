@@ -1,8 +1,9 @@
-"""The commands about recipes: run, explain, schema, cache, recipe."""
+"""The commands about recipes: run, explain, schema, recipe, cache."""
 
 from __future__ import annotations
 
 import json as jsonlib
+import sys
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -177,6 +178,32 @@ def schema() -> int | None:
     from weightworks.plan.schema import schema as make
 
     emit(make())
+    return 0
+
+
+def show_lineage(root: Path, *, json: bool) -> None:
+    """The stages behind an output, the source first."""
+    from weightworks.plan.lineage import chain, changed, values
+
+    stages = chain(root)
+    show(f"{stages[0]['source']['name']}  (digest {stages[0]['identity']['input'][:16]})")
+    for depth, stage in enumerate(stages):
+        given = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in values(stage).items())
+        show(f"{'   ' * depth}└─ {stage['identity']['method']}: {given}")
+        show(f"{'   ' * depth}   stage {stage['stage'][:16]}, torch {stage['identity']['environment']['torch']}")
+        for text in changed(stage["identity"]):
+            show(f"{'   ' * depth}   here it may differ: {text}")
+    if json:
+        emit({"model": str(root), "lineage": stages})
+
+
+def recipe(
+    output: Annotated[Path, typer.Argument(metavar="OUT", help="an output folder")],
+) -> int | None:
+    """The recipe that makes an output again, on stdout."""
+    from weightworks.plan.lineage import rebuild
+
+    sys.stdout.write(rebuild(output))
     return 0
 
 

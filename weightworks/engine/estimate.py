@@ -26,6 +26,7 @@ HEAP_BYTES = 64 << 20  # the most of freed temporaries that the allocator keeps 
 SOLVED = 10  # bytes a weight while it is solved: float32 and its stack, or the codes and what they mean
 READ = 5  # bytes a weight while we decode it: the codes, and float32
 DECODED = 13  # bytes a weight while compressed-tensors does: the codes, and three tensors of the expression
+RELOADED = 256 << 20  # what the check of a small result may take beyond the run itself
 BYTES_A_SECOND = 500e6  # reading, writing and hashing a file, end to end
 SLACK = 1.5  # work beside matrix products: attention, norms, casts, the sweep's small steps
 
@@ -93,7 +94,8 @@ def estimate(job: Job, *, tokens: tuple[int, int] | None, probe: tuple[int, int]
     blocks = len(job.skeleton.blocks)
     # As many as take no more than the leanest run: by sizes alone, so that every machine checks the same.
     lean = phases if tokens is None else _blockwise_phases(sizes, sizes.statistics, on_disk=True)
-    fit = (max(lean.values()) - _reloading(sizes, 0)) // max(_reloading(sizes, 1) - _reloading(sizes, 0), 1)
+    room = max(*lean.values(), sizes.base + RELOADED)
+    fit = (room - _reloading(sizes, 0)) // max(_reloading(sizes, 1) - _reloading(sizes, 0), 1)
     reload_blocks = max(1, min(blocks, fit))
     phases["reloading the result"] = _reloading(sizes, reload_blocks)
     name = max(phases, key=lambda phase: phases[phase])

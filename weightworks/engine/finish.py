@@ -188,4 +188,4 @@ def _parent(job: Job) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     parent = json.loads(path.read_text(encoding="utf-8"))
-    return {key: parent.get(key) for key in ("stage", "identity", "source")}
+    return {key: parent.get(key) for key in ("stage", "identity", "source", "calibration")}

@@ -88,10 +88,11 @@ def run_stage(
     probe = check_windows(checkpoint, job.skeleton, trust_remote_code=settings.trust_remote_code)
     dtype = compute_dtype(settings.dtype, stored_dtype(checkpoint), job.device) if calibration else torch.float32
     data = {} if calibration is None else {"calibration": calibration.digest, "dtype": str(dtype)}
-    identity = job.identity(**data)
     announce(resolved(job, calibration, dtype))
-    if (done := finished(target, identity)) is not None and not settings.overwrite:
-        return Outcome(target, None, done, cached=True, seconds=time.monotonic() - started)
+    if not dry_run or target.exists():  # the identity takes reading every byte of the input, once
+        identity = job.identity(**data)
+        if (done := finished(target, identity)) is not None and not settings.overwrite:
+            return Outcome(target, None, done, cached=True, seconds=time.monotonic() - started)
     if not dry_run:
         check_target(target, overwrite=settings.overwrite)
     costs = estimate(

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from weightworks.errors import CheckpointError, nearest
-from weightworks.store.sources import file_digest, resolve
+from weightworks.store.sources import Digests, cache_folder, resolve
 from weightworks.store.tensorfile import TensorInfo, TensorSpec, read_bytes, read_header
 
 INDEX = "model.safetensors.index.json"
@@ -129,7 +129,10 @@ class Checkpoint:
         names = ["config.json", *sorted({info.shard for info in self.tensors.values()})]
         if (self.root / INDEX).is_file():
             names.append(INDEX)
-        return {name: file_digest(self.root / name) for name in names}
+        digests = Digests(cache_folder() / "digests.json")
+        found = {name: digests.file(self.root / name) for name in names}
+        digests.save()
+        return found
 
     @cached_property
     def digest(self) -> str:
