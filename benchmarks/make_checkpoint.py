@@ -50,6 +50,8 @@ class Shape:
 PRESETS = {
     "llama-3.2-1b": Shape(hidden=2048, ffn=8192, heads=32, kv_heads=8, head_dim=64, vocab=32000, tied=True),
     "llama-3.1-8b": Shape(hidden=4096, ffn=14336, heads=32, kv_heads=8, head_dim=128, vocab=32000, tied=False),
+    "llama-3.1-70b": Shape(hidden=8192, ffn=28672, heads=64, kv_heads=8, head_dim=128, vocab=128256, tied=False),
+    "llama-3.1-405b": Shape(hidden=16384, ffn=53248, heads=128, kv_heads=8, head_dim=128, vocab=128256, tied=False),
 }
 
 
@@ -142,8 +144,8 @@ def plan_shards(shape: Shape, max_shard_bytes: int) -> list[dict[str, tuple[int,
     return shards
 
 
-def write_shard(path: Path, members: dict[str, tuple[int, ...]], seed: int) -> None:
-    """One safetensors file: the length of the header, the header, the tensors end to end."""
+def write_shard(path: Path, members: dict[str, tuple[int, ...]], seed: int | None) -> None:
+    """One safetensors file: length of the header, header, tensors end to end. No seed: a hole in place of tensors."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name, size in members.items():
@@ -154,6 +156,9 @@ def write_shard(path: Path, members: dict[str, tuple[int, ...]], seed: int) -> N
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
+        if seed is None:
+            file.truncate(8 + len(text) + offset)
+            return
         for name, size in members.items():
             for block in row_blocks(name, size, seed):
                 file.write(block.view(torch.int16).numpy().data)
@@ -190,7 +195,7 @@ def write_sidecars(out: Path, shape: Shape) -> None:
     shutil.copyfile(TINY_LLAMA / "tokenizer.json", out / "tokenizer.json")
 
 
-def make(out: Path, shape: Shape, *, seed: int, max_shard_bytes: int) -> None:
+def make(out: Path, shape: Shape, *, seed: int | None, max_shard_bytes: int) -> None:
     """Write the whole checkpoint into the new folder ``out``."""
     out.mkdir(parents=True)
     shards = plan_shards(shape, max_shard_bytes)
@@ -216,11 +221,14 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, help="in place of the preset's")
     parser.add_argument("--max-shard-size", type=parse_bytes, default=parse_bytes("500MB"), metavar="SIZE")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--headers-only", action="store_true", help="files with holes for weights: enough for estimates"
+    )
     args = parser.parse_args()
     if args.out.exists():
         parser.error(f"{args.out} exists")
     shape = resized(PRESETS[args.preset], args)
-    make(args.out, shape, seed=args.seed, max_shard_bytes=args.max_shard_size)
+    make(args.out, shape, seed=None if args.headers_only else args.seed, max_shard_bytes=args.max_shard_size)
     print(json.dumps({"out": str(args.out), "mb": round(folder_bytes(args.out) / MB, 1), **asdict(shape)}))
 
 
