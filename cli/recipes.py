@@ -14,7 +14,9 @@ from cli.render import duration, emit, show, size, table
 from weightworks.errors import UsageError, nearest
 
 RECIPE = Annotated[Path, typer.Argument(metavar="RECIPE", help="a recipe file, such as recipes/quantize-4bit.yaml")]
-WORKSPACE = Annotated[Path, typer.Option("--workspace", help="where outputs are kept, by key and by name")]
+WORKSPACE = Annotated[
+    str, typer.Option("--workspace", help="where outputs are kept: a folder, or a URL such as s3://bucket/runs")
+]
 SETS = Annotated[
     list[str] | None, typer.Option("--set", metavar="STAGE.OPTION=VALUE", help="change the recipe, or vars.NAME=VALUE")
 ]
@@ -22,7 +24,7 @@ ONLY = Annotated[list[str] | None, typer.Option("--only", metavar="STAGE", help=
 MEMORY = Annotated[str | None, typer.Option("--max-memory", help="memory all stages together may take, such as 8GB")]
 JSON = Annotated[bool, typer.Option("--json", help="the report as one JSON object on stdout")]
 QUIET = Annotated[bool, typer.Option("-q", "--quiet", help="errors only")]
-RUNS = Path("runs")
+RUNS = "runs"
 DAY = 86400.0
 
 
@@ -61,6 +63,9 @@ def run(
         jsonlib.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
     )
     page.write_text(report_page(report), encoding="utf-8")
+    if plan.workspace.remote is not None:
+        for path in (page, page.parent / "report.json"):
+            plan.workspace.remote.publish(path, f"{page.parent.name}/{path.name}")
     if not quiet:
         table(*report_table(report))
         show(f"report: {page}")
@@ -84,17 +89,26 @@ def explain(
     return tell(make_plan(recipe, workspace, set_, only), max_memory, json=json)
 
 
-def make_plan(recipe: Path, workspace: Path, sets: list[str] | None, only: list[str] | None) -> Any:
+def open_workspace(place: str, recipe: str = "recipe") -> Any:
+    """The workspace at a folder or a URL."""
+    from weightworks.plan.remote import Remote
+    from weightworks.plan.workspace import Workspace
+    from weightworks.store.sources import Digests, cache_folder
+
+    remote = Remote(place) if "://" in place else None
+    root = remote.mirror if remote is not None else Path(place)
+    return Workspace(root, Digests(cache_folder() / "digests.json"), recipe, remote)
+
+
+def make_plan(recipe: Path, workspace: str, sets: list[str] | None, only: list[str] | None) -> Any:
     """The plan of a recipe file as the options change it."""
     from weightworks.plan.recipe import load_recipe
     from weightworks.plan.run import Plan
-    from weightworks.plan.workspace import Workspace
-    from weightworks.store.sources import Digests, cache_folder
 
     loaded = load_recipe(recipe, sets or [])
     if only:
         loaded = loaded.only(only)
-    return Plan(loaded, Workspace(workspace, Digests(cache_folder() / "digests.json"), loaded.name))
+    return Plan(loaded, open_workspace(workspace, loaded.name))
 
 
 def execute(
@@ -222,10 +236,7 @@ def cache(
     json: JSON = False,
 ) -> int | None:
     """What a workspace keeps, and ways to keep less of it."""
-    from weightworks.plan.workspace import Workspace
-    from weightworks.store.sources import Digests, cache_folder
-
-    place = Workspace(workspace, Digests(cache_folder() / "digests.json"))
+    place = open_workspace(workspace)
     entries = place.entries()
     now = time.time()
     if action == "ls":

@@ -13,6 +13,7 @@ from weightworks.engine.executor import Executor
 from weightworks.errors import CheckpointError, WeightworksError
 from weightworks.plan.graph import Recipe, Stage, base_name
 from weightworks.plan.keys import Key, differences, stage_keys
+from weightworks.plan.remote import Remote
 from weightworks.plan.task import Task, estimate, perform
 from weightworks.plan.workspace import Output, Workspace
 from weightworks.report.progress import Progress
@@ -40,20 +41,26 @@ class Step:
 
 @dataclass(frozen=True)
 class Production:
-    """A task, the key its output is kept under, and where: all that a worker on any machine needs."""
+    """A task, the key its output is kept under, those of the outputs it reads, and where they are kept (``url``: on
+    storage that ``workspace`` mirrors): all that a worker on any machine needs."""
 
     task: Task
     key: str
+    needs: tuple[str, ...]
     workspace: Path
     memo: Path
+    url: str | None = None
 
 
 def produce(order: Production) -> dict[str, Any]:
     """Have the output under its key: make it, or wait for another run that is making it."""
-    workspace = Workspace(order.workspace, Digests(order.memo))
+    workspace = Workspace(order.workspace, Digests(order.memo), remote=Remote(order.url) if order.url else None)
     with workspace.only_one(order.key):
         if (found := workspace.find(order.key)) is not None:
             return {**found.record, "cached": True}
+        for need in order.needs:
+            if workspace.find(need) is None:
+                raise CheckpointError(f"the input under {need[:12]} is gone or damaged", hint="run it again")
         facts = perform(order.task)
         output = workspace.keep(order.key, order.task.target, facts)
     workspace.digests.save()
@@ -201,9 +208,15 @@ class Runner:
             task = self.plan.task(
                 step, model=self.plan.model_of, run=self.run_settings, quiet=not alone or self.progress.quiet
             )
-            order = Production(task, step.key.digest, self.plan.workspace.root, self.plan.workspace.digests.memo)
+            order = self._order(step, task)
             future = self.executor.submit(produce, order, peak_bytes=step.costs.get("peak_bytes"))
             self.running[future] = step
+
+    def _order(self, step: Step, task: Task) -> Production:
+        workspace, steps = self.plan.workspace, self.plan.steps
+        needs = tuple(steps[need].key.digest for need in step.stage.needs if need in steps)
+        url = workspace.remote.url if workspace.remote is not None else None
+        return Production(task, step.key.digest, needs, workspace.root, workspace.digests.memo, url)
 
     def _estimate(self, step: Step) -> Mapping[str, Any]:
         task = self.plan.task(step, model=self.plan.model_of, run=self.run_settings, quiet=True)

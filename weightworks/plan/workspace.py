@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from weightworks.errors import CheckpointError, OutputError
+from weightworks.plan.remote import Remote
 from weightworks.store.sources import Digests
 
 PROVENANCE, RECORD, LOCK, LATEST = "provenance.json", "record.json", "lock", "stages.json"
@@ -42,18 +43,25 @@ class Output:
 class Workspace:
     """The folder of several recipes' runs, seen by one of them. Several runs may use it at once."""
 
-    def __init__(self, root: Path, digests: Digests, recipe: str = "recipe") -> None:
+    def __init__(self, root: Path, digests: Digests, recipe: str = "recipe", remote: Remote | None = None) -> None:
         self.root = root.absolute()
         self.cache = self.root / "cache"
         self.view = self.root / (safe(recipe) if safe(recipe) != "cache" else "cache-recipe")
         self.digests = digests
+        self.remote = remote
 
     def place(self, key: str, stage: str) -> Path:
         """Where the output of ``stage`` under ``key`` goes."""
         return self.cache / key / safe(stage)
 
     def find(self, key: str) -> Output | None:
-        """The output under ``key`` if it is complete and every file is as its provenance says."""
+        """The output under ``key`` if it is complete and every file is as its provenance says; fetched if need be."""
+        found = self._find(key)
+        if found is None and self.remote is not None and self.remote.fetch(self.cache, key):
+            return self._find(key)
+        return found
+
+    def _find(self, key: str) -> Output | None:
         try:
             record = json.loads((self.cache / key / RECORD).read_text(encoding="utf-8"))
             folder = self.cache / key / record["folder"]
@@ -69,6 +77,8 @@ class Workspace:
         """Enter the finished ``folder`` under ``key``: from now on it is found."""
         record = {**facts, "folder": folder.name, "provenance": self.digests.file(folder / PROVENANCE)}
         write_json(self.cache / key / RECORD, record)
+        if self.remote is not None:
+            self.remote.send(self.cache, key)
         return Output(folder, record)
 
     @contextmanager
