@@ -23,7 +23,7 @@ from compress import quantize
 from compress.quantize import gptq
 from weightworks.errors import DegradedError, UsageError
 from weightworks.plan.evaluate import evaluate
-from weightworks.store.checkpoint import file_digest
+from weightworks.store.sources import file_digest
 
 COMMANDS = ("quantize", "evaluate", "inspect", "diff", "verify", "methods")
 HEAVY = ("torch", "numpy", "scipy", "transformers", "safetensors")
