@@ -8,6 +8,7 @@ from itertools import groupby
 from typing import Any
 
 from cli.render import emit, show, table
+from weightworks.errors import UsageError, nearest
 from weightworks.options import Options
 from weightworks.stage import catalog
 from weightworks.stage.catalog import Entry
@@ -15,29 +16,58 @@ from weightworks.stage.catalog import Entry
 HEAD = ("option", "type", "default", "meaning")
 
 
+def tell(name: str | None, *, json: bool) -> None:
+    """All methods, or the one called ``name``. Raises :class:`UsageError` if there is none of that name."""
+    if name is not None:
+        describe(_named(name), json=json)
+    elif json:
+        facts = [_facts(entry) for entry in catalog.methods().values()]
+        refused = [{**_facts(entry), "broken": entry.broken} for entry in catalog.broken()]
+        emit({"methods": facts, "broken": refused})
+    else:
+        listing([_facts(entry) for entry in catalog.methods().values()])
+
+
 def listing(rows: list[dict[str, Any]]) -> None:
-    """All methods, a line each."""
+    """All methods, a line each; then the plug-ins that cannot be used, each with the reason."""
     table(["method", "what it does"], [[row["method"], row["summary"]] for row in rows])
+    for entry in catalog.broken():
+        show(f"broken: {entry.label} of {entry.distribution}: {entry.broken}")
 
 
 def describe(entry: Entry, *, json: bool) -> None:
-    """One method: summary, paper, and every option with type, default and meaning."""
+    """One method: summary, paper, where a plug-in comes from, and every option with type, default and meaning."""
     module = entry.load()
     options = rows(module.Options)
     if json:
-        emit(
-            {
-                "method": entry.label,
-                "summary": entry.summary,
-                "paper": module.PAPER,
-                "version": module.VERSION,
-                "options": options,
-            }
-        )
+        emit({**_facts(entry), "paper": module.PAPER, "version": module.VERSION, "options": options})
         return
     show(f"{entry.label} (version {module.VERSION}): {entry.summary}")
+    if entry.distribution is not None:
+        show(f"plug-in: {entry.distribution}, {entry.module}")
     show(f"paper: {module.PAPER}")
     table(HEAD, [[*row.values()] for row in options])
+
+
+def _facts(entry: Entry) -> dict[str, Any]:
+    """A method in the listing."""
+    facts = {"method": entry.label, "summary": entry.summary}
+    return facts if entry.distribution is None else {**facts, "distribution": entry.distribution}
+
+
+def _named(name: str) -> Entry:
+    """The method of a name or label; one that is broken if there is no other."""
+    sound = list(catalog.methods().values())
+    for entries in (sound, catalog.broken()):
+        found = [entry for entry in entries if name in (entry.name, entry.label)]
+        if len({entry.label for entry in found}) > 1:
+            labels = ", ".join(entry.label for entry in found)
+            raise UsageError(f"'{name}' is the name of several methods: {labels}")
+        if found:
+            return found[0]
+    raise UsageError(
+        f"unknown method '{name}' ({nearest(name, [entry.name for entry in sound])})", hint="see: compress methods"
+    )
 
 
 def rows(options: type[Options]) -> list[dict[str, Any]]:
@@ -71,7 +101,7 @@ def markdown() -> str:
     """The page of all methods of this package (no plug-ins) and their options, made from the option classes alone."""
     from weightworks.stage.settings import Settings
 
-    ours = [entry for entry in catalog.methods().values() if entry.module.startswith(catalog.SHELVES[entry.kind] + ".")]
+    ours = [entry for entry in catalog.declared() if entry.distribution is None]
     parts = [
         "# Methods and their options",
         "Made by `python -m cli.describe > docs/methods.md` from the option classes; do not edit it by hand. On the "

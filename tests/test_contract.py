@@ -1,4 +1,8 @@
-"""What every quantization method keeps to. Methods come from the catalog, so a new one is tested by being there."""
+"""What every method of ours keeps to. Methods come from the catalog, so a new one is tested by being there.
+
+All pass the conformance tests that others run on theirs, on random weights; what they make of the embedded model, a
+trained one, is held to more.
+"""
 
 from __future__ import annotations
 
@@ -8,21 +12,28 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import annotated_types
 import pytest
 import torch
 from commands import FEW, Commands
 from conftest import REPOSITORY
-from pydantic.fields import FieldInfo
 
 from weightworks.errors import UsageError
-from weightworks.options import Options
 from weightworks.stage import catalog
 from weightworks.stage.catalog import Entry
-from weightworks.store.checkpoint import Checkpoint, file_digest
+from weightworks.store.checkpoint import Checkpoint
 from weightworks.store.dense import DenseView
+from weightworks.store.sources import file_digest
+from weightworks.testing import Check, conformance
+from weightworks.testing.contract import beyond, examples
 
-METHODS = [entry for entry in catalog.methods().values() if entry.kind == "quantize"]
+OURS = [entry for entry in catalog.declared() if entry.distribution is None]
+METHODS = [entry for entry in OURS if entry.kind == "quantize"]
+CHECKS = {f"{entry.label}-{check.__name__}": check for entry in OURS for check in conformance(entry.label)}
+
+
+@pytest.mark.parametrize("check", CHECKS.values(), ids=CHECKS)
+def test_conformance(check: Check, tmp_path: Path) -> None:
+    check(tmp_path)
 
 
 @dataclass(frozen=True)
@@ -117,59 +128,16 @@ def entry(request: pytest.FixtureRequest) -> Entry:
     return request.param
 
 
-def examples(field: FieldInfo) -> list[Any]:
-    """Values of a field that its type and bounds allow, other than the default."""
-    schema = Options.__class__("One", (Options,), {"__annotations__": {"x": field.annotation}}).model_json_schema()
-    kinds = schema["properties"]["x"]
-    kinds = [kinds, *kinds.get("anyOf", [])]
-    for kind in kinds:
-        if "enum" in kind:
-            return [value for value in kind["enum"] if value != field.default]
-        if kind.get("type") == "boolean":
-            return [not field.default]
-        if kind.get("type") == "integer":
-            return [2 * field.default]
-        if kind.get("type") == "number":
-            return [field.default / 2]
-        if kind.get("type") == "array":
-            return [["lm_head"]]
-    return []
-
-
-def test_options_round_trip(entry: Entry) -> None:
+def test_no_option_escapes_the_checks(entry: Entry) -> None:
+    """Of every option a value beside the default is taken, of choices each one; and values beyond it are known."""
     options_class = entry.load().Options
-    sets: list[Options] = [options_class()]
-    for name, field in options_class.model_fields.items():
-        values = examples(field)
+    for name, schema in options_class.model_json_schema()["properties"].items():
+        values = list(examples(options_class, name))
         assert values, f"no example of option {name}"
-        sets += [options_class(**{name: value}) for value in values]
-    for options in sets:
-        resolved = options.resolved()
-        assert options_class(**resolved) == options
-        assert options_class(**json.loads(json.dumps(resolved))) == options
-        assert list(resolved) == list(options_class.model_fields)
-
-
-def test_values_out_of_bounds_are_refused(entry: Entry) -> None:
-    options_class, tried = entry.load().Options, 0
-    for name, field in options_class.model_fields.items():
-        beyond: list[Any] = ["no such choice", object()]
-        for bound in field.metadata:
-            if isinstance(bound, annotated_types.Ge):
-                beyond.append(bound.ge - 1)
-            if isinstance(bound, annotated_types.Le):
-                beyond.append(bound.le + 1)
-            if isinstance(bound, annotated_types.Gt):
-                beyond.append(bound.gt)
-            if isinstance(bound, annotated_types.Lt):
-                beyond.append(bound.lt)
-        for value in beyond:
-            with pytest.raises(UsageError, match=rf"{entry.label}: option '{name}(\.0)?' = "):
-                options_class.parse({name: value}, where=entry.label)
-            tried += 1
-    assert tried >= 2 * len(options_class.model_fields)
-    with pytest.raises(UsageError, match=rf"{entry.label} has no option 'no_such'"):
-        options_class.parse({"no_such": 1}, where=entry.label)
+        taken = [not options_class.problems({name: value}, where=entry.label) for value in values]
+        choices = any("enum" in kind for kind in [schema, *schema.get("anyOf", [])])
+        assert all(taken) if choices else any(taken), name
+        assert len(list(beyond(options_class, name))) >= 2, name
 
 
 def test_shared_options_have_their_bounds(entry: Entry) -> None:
@@ -178,24 +146,7 @@ def test_shared_options_have_their_bounds(entry: Entry) -> None:
             entry.load().Options.parse(wrong, where=entry.label)
 
 
-def test_every_option_says_what_it_means(entry: Entry) -> None:
-    for name, field in entry.load().Options.model_fields.items():
-        assert field.description, name
-        assert not field.is_required(), name
-
-
-def test_summary_paper_version_and_test_file(entry: Entry) -> None:
-    module = entry.load()
-    assert entry.summary
-    assert entry.summary == " ".join(module.__doc__.split("\n\n")[0].split())
-    assert isinstance(module.PAPER, str)
-    assert module.PAPER
-    assert isinstance(module.VERSION, int)
-    assert module.VERSION >= 1
-    method = module.Method(module.Options())
-    assert method.options == module.Options()
-    assert hasattr(method, "apply") != (hasattr(method, "watch") and hasattr(method, "solve"))
-    assert method.scheme() is not None
+def test_a_test_file_names_the_method(entry: Entry) -> None:
     named = re.compile(rf"\b{re.escape(entry.module)}\b|\bcompress\.quantize import \(?[\w, \n]*\b{entry.name}\b")
     tests = [path.name for path in sorted((REPOSITORY / "tests").glob("test_*.py")) if named.search(path.read_text())]
     assert tests, f"no test file imports {entry.module}"

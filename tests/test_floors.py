@@ -30,6 +30,7 @@ FLOORS = {
     "compress": 5,
     "merge": 5,
     "weightworks.plan": 6,
+    "weightworks.testing": 7,
     "cli": 7,
 }
 GROUND = {"weightworks.errors", "weightworks"}  # all that the catalog may import, so that help stays quick
