@@ -54,18 +54,10 @@ def run(
     started = time.monotonic()
     code = execute(plan, jobs, executor, address, max_memory, resume=resume, quiet=quiet)
     from weightworks.plan.account import account
-    from weightworks.report.page import report_page, report_table
+    from weightworks.report.page import report_table
 
     report = account(plan, time.monotonic() - started)
-    page = plan.workspace.view / "report.html"
-    plan.workspace.make(page.parent)
-    (page.parent / "report.json").write_text(
-        jsonlib.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
-    )
-    page.write_text(report_page(report), encoding="utf-8")
-    if plan.workspace.remote is not None:
-        for path in (page, page.parent / "report.json"):
-            plan.workspace.remote.publish(path, f"{page.parent.name}/{path.name}")
+    page = publish(plan, report)
     if not quiet:
         table(*report_table(report))
         show(f"report: {page}")
@@ -75,6 +67,37 @@ def run(
         show("error: done, but some stages needed fallbacks; they are in the report")
         return 3
     return code
+
+
+def publish(plan: Any, report: dict[str, Any]) -> Path:
+    """Write ``report.json`` and the page, unless they tell of the run that made these very outputs; returns the page."""
+    page: Path = plan.workspace.view / "report.html"
+    facts = page.with_name("report.json")
+    ran = any(step.state != "cached" for step in plan.steps.values())
+    if not ran and page.is_file() and made_of(facts) == told(report):
+        return page
+    from weightworks.report.page import report_page
+
+    plan.workspace.make(page.parent)
+    page.write_text(report_page(report), encoding="utf-8")
+    facts.write_text(jsonlib.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    if plan.workspace.remote is not None:
+        for path in (page, facts):
+            plan.workspace.remote.publish(path, f"{page.parent.name}/{path.name}")
+    return page
+
+
+def made_of(facts: Path) -> Any:
+    """What a ``report.json`` tells of, None if it cannot be read."""
+    try:
+        return told(jsonlib.loads(facts.read_text(encoding="utf-8")))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def told(report: dict[str, Any]) -> Any:
+    """What a report tells of: the recipe as written, and its outputs."""
+    return report["recipe"], [stage["key"] for stage in report["stages"]]
 
 
 def explain(

@@ -56,10 +56,20 @@ class Measure:
 
     def change(self, model: Measured) -> str:
         """The change against the baseline in words, with its error if known."""
-        if model.delta is None:
+        if model.delta is None or model.name == self.baseline:
             return ""
         error = "" if model.delta_error is None else f" ± {figure(model.delta_error, digits=2, percent=self.relative)}"
         return figure(model.delta, digits=3, percent=self.relative, sign=True) + error
+
+    def spread(self, model: Measured) -> float:
+        """The standard error that its bar shows: of the change on the same windows where there is one, the scatter
+        between windows, which all models share, left out; else that of the value."""
+        if model.name == self.baseline and any(other.delta_error is not None for other in self.models):
+            return 0.0
+        if model.delta_error is None:
+            return max(model.error or 0.0, 0.0)
+        base = next((other.value for other in self.models if other.name == self.baseline), None)
+        return model.delta_error * (abs(base or 0.0) if self.relative else 1.0)
 
 
 def read_measures(report: Mapping[str, Any]) -> list[Measure]:

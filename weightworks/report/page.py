@@ -115,7 +115,7 @@ def quality_of(score: Measure, k: int) -> dict[str, Any] | None:
     if not drawn:
         return None
     points = [
-        Point(model.name, model.size or 0, model.value or 0, max(model.error or 0, 0), model.name == score.baseline)
+        Point(model.name, model.size or 0, model.value or 0, score.spread(model), model.name == score.baseline)
         for model in drawn
     ]
     known = score.better in ("lower", "higher")
