@@ -90,7 +90,7 @@ def run_stage(
     data = {} if calibration is None else {"calibration": calibration.digest, "dtype": str(dtype)}
     announce(resolved(job, calibration, dtype))
     if not dry_run or target.exists():  # the identity takes reading every byte of the input, once
-        identity = job.identity(**data)
+        identity = job.identity(**data, **entry.version_facts())
         if (done := finished(target, identity)) is not None and not settings.overwrite:
             return Outcome(target, None, done, cached=True, seconds=time.monotonic() - started)
     if not dry_run:
@@ -237,8 +237,9 @@ def default_target(checkpoint: Checkpoint, method: str, options: Any) -> Path:
     name = checkpoint.root.resolve().name if name in ("", ".", "..") else name
     if (bits := getattr(options, "bits", None)) is None:
         return Path(f"{name}-{method}")
-    group = "" if options.group_size == -1 else f"g{options.group_size}"
-    return Path(f"{name}-{method}-w{bits}{group}{'' if options.sym else '-asym'}")
+    size = getattr(options, "group_size", -1)
+    group = "" if size == -1 else f"g{size}"
+    return Path(f"{name}-{method}-w{bits}{group}{'' if getattr(options, 'sym', True) else '-asym'}")
 
 
 def log_path(target: Path) -> Path:
