@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext, redirect_stderr
+from io import StringIO
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,6 +15,7 @@ from cli import recipes
 from cli.common import guarded, spell, version
 from cli.params import command, given, parameters
 from cli.render import duration, emit, pairs, show, show_error, size, table
+from cli.scores import show_scores
 from weightworks.errors import UsageError, nearest
 from weightworks.stage import catalog
 
@@ -154,7 +157,21 @@ def show_outcome(outcome: Any) -> None:
 
 def evaluate(
     models: Annotated[list[str], typer.Argument(metavar="MODEL...", help="folders or hub ids")],
-    perplexity: Annotated[list[str], typer.Option("--perplexity", metavar="TEXT", help="text file; may be repeated")],
+    perplexity: Annotated[
+        list[str] | None,
+        typer.Option("--perplexity", metavar="TEXT", help="perplexity on a text file; may be repeated"),
+    ] = None,
+    divergence: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--divergence",
+            metavar="TEXT",
+            help="KL from the baseline and equal top tokens on a text file; may be repeated",
+        ),
+    ] = None,
+    tasks: Annotated[
+        list[str] | None, typer.Option("--tasks", metavar="A,B", help="tasks of lm-eval; the whole model is in memory")
+    ] = None,
     baseline: Annotated[
         str | None, typer.Option("--baseline", help="model the others are compared with; default: the first")
     ] = None,
@@ -162,7 +179,27 @@ def evaluate(
     max_tokens: Annotated[
         int | None, typer.Option("--max-tokens", help="score only so many tokens of each text", min=2)
     ] = None,
+    include_path: Annotated[
+        str | None, typer.Option("--include-path", metavar="DIR", help="folder of task YAML files of your own")
+    ] = None,
+    num_fewshot: Annotated[
+        int | None, typer.Option("--num-fewshot", help="examples in a task's prompt; default: as the task says", min=0)
+    ] = None,
+    limit: Annotated[int | None, typer.Option("--limit", help="ask only so many questions of each task", min=1)] = None,
+    batch_size: Annotated[
+        int, typer.Option("--batch-size", help="texts a forward pass in tasks, the same for all models", min=1)
+    ] = 8,
+    max_length: Annotated[
+        int | None, typer.Option("--max-length", help="longest input of tasks in tokens; capped by the model", min=2)
+    ] = None,
+    dtype: Annotated[
+        str, typer.Option("--dtype", help="dtype of all models in tasks (float32|bfloat16|float16)")
+    ] = "float32",
     device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda")] = "auto",
+    seed: Annotated[int, typer.Option("--seed", help="seed of the choice of examples in prompts", min=0)] = 0,
+    max_memory: Annotated[
+        str | None, typer.Option("--max-memory", help="memory scores may take, such as 8GB; default: what is free")
+    ] = None,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="run code that comes with the model")
     ] = False,
@@ -170,43 +207,40 @@ def evaluate(
     json: JSON = False,
     quiet: QUIET = False,
 ) -> int | None:
-    """Perplexity of models on texts, one block in memory at a time, with paired differences to a baseline."""
+    """Perplexity, divergence from the original, and tasks of lm-eval, with paired differences to a baseline."""
+    if not (perplexity or divergence or tasks):
+        raise UsageError("nothing to score", hint="give --perplexity TEXT, --divergence TEXT or --tasks NAMES")
+
     from weightworks.plan.evaluate import evaluate as run
 
-    texts = list(perplexity)
-    report = run(
-        models,
-        texts,
-        baseline=baseline,
-        seq_len=seq_len,
-        max_tokens=max_tokens,
-        device=device,
-        trust_remote_code=trust_remote_code,
-        allow_pickle=allow_pickle,
-        say=(lambda line: None) if quiet else show,
-    )
+    texts = list(perplexity or [])
+    with redirect_stderr(StringIO()) if quiet else nullcontext():  # the bars of lm-eval
+        report = run(
+            models,
+            texts,
+            divergence=list(divergence or []),
+            tasks=[name.strip() for words in tasks or [] for name in words.split(",") if name.strip()],
+            include_path=include_path,
+            num_fewshot=num_fewshot,
+            limit=limit,
+            batch_size=batch_size,
+            max_length=max_length,
+            dtype=dtype,
+            baseline=baseline,
+            seq_len=seq_len,
+            max_tokens=max_tokens,
+            device=device,
+            seed=seed,
+            max_memory=max_memory,
+            trust_remote_code=trust_remote_code,
+            allow_pickle=allow_pickle,
+            say=(lambda line: None) if quiet else show,
+        )
     if not quiet:
-        rows = [
-            [
-                row["model"],
-                size(row["bytes"]),
-                *(row["perplexity"][text] for text in texts),
-                row["mean"],
-                against(row, report["baseline"]),
-            ]
-            for row in report["models"]
-        ]
-        table(["model", "size", *(Path(text).name for text in texts), "geometric mean", "against baseline"], rows)
+        show_scores(report, texts)
     if json:
         emit(report)
     return 0
-
-
-def against(row: dict[str, Any], baseline: str) -> str:
-    """A model's change of perplexity in words."""
-    if row["model"] == baseline:
-        return ""
-    return "reads other tokens" if row["change"] is None else f"{row['change']:+.2%} ± {row['error']:.2%}"
 
 
 def inspect(

@@ -135,7 +135,7 @@ def test_umbrella_command() -> None:
         (("quantize", "m", "--method", "rtn", "--damp-percent", "0.1"), "quantize.rtn has no option 'damp_percent'"),
         (("quantize", "m", "--scheme", "W4A16", "--bits", "3"), "scheme W4A16 means bits = 4, but bits = 3 was given"),
         (("quantize", "m", "--num-samples", "0"), "option 'num_samples' = 0: input should be greater than or equal"),
-        (("evaluate", "m"), "Missing option '--perplexity'."),
+        (("evaluate", "m"), "nothing to score"),
         (("methods", "gtpq"), "unknown method 'gtpq' (did you mean 'gptq'?)"),
     ],
 )

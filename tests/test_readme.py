@@ -70,7 +70,7 @@ def test_readme_runs(folder: Path, environment: dict[str, str]) -> None:
         )
         assert done.returncode == 0, f"{text}\n{done.stdout}\n{done.stderr}"
     made = {path.name for path in folder.iterdir() if path.is_dir() and not path.is_symlink()}
-    assert made == {"tiny-llama-gptq-w4g128", "tiny-w8", "tiny-asym", "tiny-rtn"}
+    assert made == {"tiny-llama-gptq-w4g128", "tiny-w8", "my_tasks", "tiny-asym", "tiny-rtn"}
 
 
 @pytest.mark.parametrize("name", COMMANDS)

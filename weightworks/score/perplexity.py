@@ -1,100 +1,112 @@
 """Perplexity of a text in non-overlapping windows, one block of the model in memory at a time.
 
-exp of the mean negative log-likelihood of every token but the first of its window, no special tokens, float32.
+exp of the mean negative log-likelihood of every token but the first of its window, no special tokens, float32; over
+several texts the geometric mean.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
-from pydantic import Field
 
-from weightworks.errors import CalibrationError
-from weightworks.options import Options as BaseOptions
-from weightworks.store.dense import DenseView
-from weightworks.stream.activations import Activations
-from weightworks.stream.calibration import encode_all, load_tokenizer, read_texts
-from weightworks.stream.passes import Windows, perplexity, shell, stream_losses
-from weightworks.stream.replay import prove
-from weightworks.stream.skeleton import build
+from weightworks.score._subjects import TextOptions, device_of, figures, open_all, over_texts, row, shared_length
+from weightworks.stage.protocols import Subject
+from weightworks.stage.settings import Settings
+
+if TYPE_CHECKING:
+    from weightworks.store.dense import DenseView
 
 PAPER = "Jelinek et al. 1977; windows as in the GPTQ repository (IST-DASLab/gptq)"
 VERSION = 1
+LARGEST = 700.0  # nats; exp of more is infinite
 
 
-class Options(BaseOptions):
+class Options(TextOptions):
     """Options of the perplexity score."""
 
-    texts: list[str] = Field(default=[], description="text files")
-    seq_len: int = Field(2048, ge=2, description="tokens a window; capped by the model")
-    max_tokens: int | None = Field(None, ge=2, description="score only so many tokens of each text")
+
+class Method:
+    """A score: ``perplexity``, the geometric mean over texts; its change is relative. ``by_text`` has each text's own."""
+
+    def __init__(self, options: Options) -> None:
+        self.options = options
+
+    def files(self) -> list[Path]:
+        """Local files whose content the result depends on."""
+        return self.options.files()
+
+    def score(
+        self, subjects: Sequence[Subject], baseline: str, settings: Settings, say: Callable[[str], None]
+    ) -> dict[str, Any]:
+        """See :class:`~weightworks.stage.protocols.Scorer`. A model that reads other tokens than the baseline has no change.
+
+        Raises :class:`CalibrationError` for a missing or too short text.
+        """
+        from weightworks.score._windows import same, windows_of
+
+        views = open_all(subjects, baseline, settings)
+        length = shared_length(views, self.options.seq_len)
+        windows = {name: windows_of(view, self.options, length, settings) for name, view in views.items()}
+        losses: dict[str, dict[str, torch.Tensor]] = {}
+        for name, view in views.items():
+            say(f"scoring {name} in windows of {length} tokens")
+            losses[name] = text_losses(view, windows[name], settings)
+        rows = []
+        for name, view in views.items():
+            change: tuple[float | None, float | None] = (None, None)
+            if name == baseline:
+                change = 0.0, 0.0
+            elif same(windows[name], windows[baseline]):
+                change = paired(losses[name], losses[baseline])
+            rows.append(_row(name, view, losses[name], *change))
+        return {
+            "metrics": {"perplexity": {"better": "lower", "change": "relative"}},
+            "baseline": baseline,
+            "seq_len": length,
+            "models": rows,
+        }
 
 
-@dataclass(frozen=True)
-class Score:
-    """Per-token losses [windows, seq - 1] (nats) of one text under one model."""
+def text_losses(view: DenseView, windows: dict[str, torch.Tensor], settings: Settings) -> dict[str, torch.Tensor]:
+    """Per text, negative log-likelihoods (nats) float32 [windows, seq - 1] of ``windows`` int64 [windows, seq]."""
+    from weightworks.score._windows import join, split, streamed
+    from weightworks.stream.passes import Windows, shell, token_losses
 
-    losses: torch.Tensor
-
-    @property
-    def perplexity(self) -> float:
-        return perplexity(self.losses)
-
-
-def score(
-    view: DenseView, options: Options, *, device: torch.device, trust_remote_code: bool = False
-) -> dict[str, Score]:
-    """Scores by text. Raises :class:`CalibrationError` for a missing or too short text."""
-    skeleton = build(view, trust_remote_code=trust_remote_code)
-    config = skeleton.model.config.get_text_config()
-    length = min(options.seq_len, skeleton.context_length)
-    tokenizer = load_tokenizer(view.checkpoint.root, trust_remote_code=trust_remote_code)
-    windows = {}
-    for text in options.texts:
-        tokens = encode_all(tokenizer, read_texts(text))[: options.max_tokens]
-        windows[text] = cut(tokens, length, text)
-    with shell(skeleton, view, device):
-        probe = torch.arange(2 * min(16, length), device=device).view(2, -1) % config.vocab_size
-        returns_tuple = prove(skeleton, view, probe)
-    scores = {}
-    whole = torch.cat(list(windows.values()))  # all texts in one pass: every block is loaded once
-    states = Activations((*whole.shape, int(config.hidden_size)), torch.float32, view.checkpoint.root, "unused")
-    losses = stream_losses(skeleton, view, Windows(whole), states, returns_tuple=returns_tuple, device=device)
-    start = 0
-    for text, part in windows.items():
-        scores[text] = Score(losses[start : start + part.shape[0]])
-        start += part.shape[0]
-    return scores
-
-
-def cut(tokens: torch.Tensor, length: int, where: str) -> torch.Tensor:
-    """Windows int64 [n, length] of a token stream from its beginning; a remainder is left out."""
-    count = tokens.numel() // length
-    if count == 0:
-        raise CalibrationError(
-            f"{where}: {tokens.numel()} tokens is shorter than one window of {length}",
-            hint="give a longer text, or a smaller --seq-len",
+    tokens, device = join(windows), device_of(settings)
+    with streamed(view, tokens, settings) as last, shell(last.skeleton, view, device):
+        losses = token_losses(
+            last.skeleton, Windows(tokens), last.states, returns_tuple=last.returns_tuple, device=device
         )
-    return tokens[: count * length].view(count, length)
+    return split(losses, windows)
 
 
-def paired(scores: dict[str, Score], baseline: dict[str, Score]) -> tuple[float, float]:
+def _row(
+    name: str, view: DenseView, mine: dict[str, torch.Tensor], change: float | None, change_error: float | None
+) -> dict[str, Any]:
+    """What the result says of the model with the losses ``mine``."""
+    by_text = {text: geometric([part])[0] for text, part in mine.items()}
+    tokens = {text: part.numel() for text, part in mine.items()}
+    metric = figures(*geometric(list(mine.values())), change, change_error)
+    return row(name, view, {"perplexity": metric}, by_text={"perplexity": by_text}, tokens=tokens)
+
+
+def geometric(losses: Sequence[torch.Tensor]) -> tuple[float, float | None]:
+    """The geometric mean over texts of their perplexities, from losses [windows, seq - 1] of each, and its standard error."""
+    mean, error = over_texts([part.double().mean(1) for part in losses])
+    value = math.exp(min(mean, LARGEST))
+    return value, None if error is None else value * error
+
+
+def paired(losses: dict[str, torch.Tensor], baseline: dict[str, torch.Tensor]) -> tuple[float, float | None]:
     """Relative change of the geometric mean perplexity against ``baseline`` on the same windows, and its standard error.
 
     The mean over texts of differences of mean loss; windows are taken as independent.
     """
-    change, variance = 0.0, 0.0
-    for text, mine in scores.items():
-        difference = (mine.losses.double() - baseline[text].losses.double()).mean(1)  # [windows]
-        change += float(difference.mean()) / len(scores)
-        if len(difference) > 1:
-            variance += float(difference.var()) / len(difference) / len(scores) ** 2
-    return math.expm1(change), math.sqrt(variance) * math.exp(change)
-
-
-def geometric_mean(values: Sequence[float]) -> float:
-    """Geometric mean, as perplexities are averaged over texts."""
-    return math.exp(sum(math.log(value) for value in values) / len(values))
+    differences = [(mine.double() - baseline[text].double()).mean(1) for text, mine in losses.items()]  # [windows]
+    mean, error = over_texts(differences)
+    mean = min(mean, LARGEST)
+    return math.expm1(mean), None if error is None else error * math.exp(mean)

@@ -6,13 +6,15 @@ does the reading, logging and saving. Protocols, not base classes: nothing is in
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
 from weightworks.options import Options
+from weightworks.stage.settings import Settings
 from weightworks.store.packing import IntScheme, Quantized
 
 
@@ -78,3 +80,33 @@ class Tensorwise(Protocol):
 
     def apply(self, weight: torch.Tensor, target: Target) -> Solution:
         """The new weight for float32 ``weight`` [out, in]."""
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """A model to be scored: what the report calls it, and its folder or hub id."""
+
+    name: str
+    model: str
+
+
+class Scorer(Protocol):
+    """A method that measures models and changes none."""
+
+    options: Options
+
+    def files(self) -> list[Path]:
+        """Every local file, models apart, whose content the result depends on."""
+
+    def score(
+        self, subjects: Sequence[Subject], baseline: str, settings: Settings, say: Callable[[str], None]
+    ) -> dict[str, Any]:
+        """Measure all ``subjects`` in the same way and compare them with the one named ``baseline``.
+
+        Returns JSON-compatible data: ``metrics``, by name whether ``better`` is "lower" or "higher" and whether ``change``
+        is "relative" or "absolute"; ``baseline``; and ``models``, in the order of ``subjects``: ``model`` (its name),
+        ``content`` (the checkpoint's digest), ``bytes``, and ``metrics``, by name ``value`` with its standard ``error`` and
+        ``change`` against the baseline with ``change_error``. An error is None where it is not known, a change where the
+        two models cannot be compared. What else a method has to tell stands beside these. Of ``settings`` device, seed,
+        max_memory, trust_remote_code and allow_pickle count. ``say`` takes lines for people.
+        """
