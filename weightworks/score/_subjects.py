@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 import torch
@@ -15,8 +15,9 @@ from weightworks.errors import UsageError
 from weightworks.options import Options
 from weightworks.stage.protocols import Subject
 from weightworks.stage.settings import Settings
-from weightworks.store.checkpoint import Checkpoint
-from weightworks.store.dense import DenseView
+
+if TYPE_CHECKING:
+    from weightworks.store.dense import DenseView
 
 
 class TextOptions(Options):
@@ -36,6 +37,9 @@ def open_all(subjects: Sequence[Subject], baseline: str, settings: Settings) -> 
 
     Raises :class:`UsageError` when two models have one name, or none has the baseline's.
     """
+    from weightworks.store.checkpoint import Checkpoint
+    from weightworks.store.dense import DenseView
+
     names = [subject.name for subject in subjects]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise UsageError(f"several models to score are named {', '.join(twice)}")
