@@ -16,7 +16,7 @@ from cli.common import guarded, spell, version
 from cli.params import command, given, parameters
 from cli.render import duration, emit, pairs, show, show_error, size, table
 from cli.scores import show_scores
-from weightworks.errors import UsageError, nearest
+from weightworks.errors import UsageError
 from weightworks.stage import catalog
 
 MODEL = Annotated[str, typer.Argument(metavar="MODEL", help="a local folder, or org/name[@revision] on the hub")]
@@ -334,22 +334,9 @@ def methods(
     name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="a method")] = None, json: JSON = False
 ) -> int | None:
     """Every method, its paper and its options."""
-    from cli.describe import describe, listing
+    from cli.describe import tell
 
-    entries = catalog.methods().values()
-    if name is None:
-        rows = [{"method": entry.label, "summary": entry.summary} for entry in entries]
-        emit({"methods": rows}) if json else listing(rows)
-        return 0
-    found = [entry for entry in entries if name in (entry.name, entry.label)]
-    if not found:
-        raise UsageError(
-            f"unknown method '{name}' ({nearest(name, [entry.name for entry in entries])})",
-            hint="see: compress methods",
-        )
-    if len(found) > 1:
-        raise UsageError(f"'{name}' is the name of several methods: {', '.join(entry.label for entry in found)}")
-    describe(found[0], json=json)
+    tell(name, json=json)
     return 0
 
 
@@ -367,7 +354,7 @@ def build(typed: str | None) -> typer.Typer:
         add_completion=False,
         rich_markup_mode=None,
         pretty_exceptions_enable=False,
-        help="Make checkpoints smaller: quantize them, verified, resumable, larger than memory.",
+        help="Make checkpoints smaller and chain the steps: verified, resumable, larger than memory.",
     )
 
     @app.callback()
@@ -388,7 +375,7 @@ def stage_parameters(kind: str) -> list[Any]:
     """Options of all methods of a kind, and those common to every run."""
     from weightworks.stage.settings import Settings
 
-    classes = {entry.name: entry.load().Options for entry in catalog.methods().values() if entry.kind == kind}
+    classes = {entry.name: entry.load().Options for entry in catalog.methods(kind).values()}
     return [*parameters(classes, "Method"), *parameters({"": Settings}, "Run")]
 
 
