@@ -82,6 +82,7 @@ def _run(task: Task, *, dry_run: bool) -> Any:
 
 def _score(task: Task) -> None:
     """Score the inputs; the result and its provenance appear together by one rename."""
+    from weightworks.plan.evaluate import resolved
     from weightworks.stage.protocols import Subject
     from weightworks.stage.settings import Settings
     from weightworks.store.manifest import PROVENANCE
@@ -91,7 +92,7 @@ def _score(task: Task) -> None:
     method = entry.load().Method(entry.load().Options(**task.options))
     subjects = {name: Subject(name, model) for names in task.inputs.values() for name, model in names}
     baseline = task.inputs.get("baseline", task.inputs["models"])[0][0]
-    result = method.score(list(subjects.values()), baseline, Settings(**task.settings), lambda line: None)
+    result = method.score(list(subjects.values()), baseline, resolved(Settings(**task.settings)), lambda line: None)
     staging = task.target.with_name(task.target.name + ".partial")
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)

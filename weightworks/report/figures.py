@@ -93,9 +93,9 @@ def read_measures(report: Mapping[str, Any]) -> list[Measure]:
                 )
             baseline = words(score.get("baseline"))
             better = words(entries(declared.get(metric)).get("better"))
-            measures.append(
-                Measure(words(score.get("stage")), metric, better, baseline, _is_relative(found, baseline), found)
-            )
+            change = words(entries(declared.get(metric)).get("change"))
+            relative = change == "relative" if change else _is_relative(found, baseline)
+            measures.append(Measure(words(score.get("stage")), metric, better, baseline, relative, found))
     return measures
 
 
