@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,8 @@ from conftest import REPOSITORY
 from weightworks.errors import UsageError
 from weightworks.plan.document import parse
 from weightworks.plan.located import Problems
-from weightworks.plan.matrix import RUN_WIDE
+from weightworks.plan.matrix import MOST, ROLES, RUN_WIDE
+from weightworks.plan.reader import STAGE, TOP
 from weightworks.plan.recipe import load_recipe
 from weightworks.plan.schema import schema
 from weightworks.stage import catalog
@@ -212,3 +214,28 @@ def test_making_it_loads_no_heavy_library() -> None:
     loaded = set(done.stdout.split())
     assert "weightworks.score.perplexity" in loaded
     assert loaded & {"torch._C", "numpy._core", "scipy._lib", "transformers"} == set()  # "torch" alone is a stand-in
+
+
+# The page.
+
+PAGE = (REPOSITORY / "docs" / "recipes.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```yaml\n(.*?)^```$", PAGE, re.DOTALL | re.MULTILINE)
+
+
+@pytest.mark.parametrize("text", [text for text in BLOCKS if "stages:" in text])
+def test_recipes_of_the_page(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for path in SHIPPED:
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    (tmp_path / "page.yaml").write_text(text, encoding="utf-8")
+    monkeypatch.chdir(REPOSITORY)
+    assert load_recipe(tmp_path / "page.yaml").report == ("scores",)
+    assert complaints(text) == []
+
+
+def test_page_names_every_key_setting_and_role() -> None:
+    named = set(re.findall(r"`(\w+)`", PAGE))
+    assert {*TOP, *STAGE, *Settings.model_fields} <= named
+    for kind, roles in ROLES.items():
+        row = next(line for line in PAGE.splitlines() if line.startswith("|") and f"`{kind}`" in line)
+        assert set(re.findall(r"`(\w+)`:", row)) == set(roles)
+    assert f"{MOST:,} stages" in PAGE
