@@ -44,7 +44,8 @@ class IntegerOptions(Options):
     @model_validator(mode="before")
     @classmethod
     def _expand(cls, values: dict[str, Any]) -> dict[str, Any]:
-        preset = PRESETS.get(values.get("scheme") or "", {})
+        scheme = values.get("scheme")
+        preset = PRESETS.get(scheme, {}) if isinstance(scheme, str) else {}
         for key, value in preset.items():
             if values.get(key, value) != value:
                 raise ValueError(

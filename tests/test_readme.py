@@ -38,7 +38,7 @@ sys.exit(run.code)
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A working folder in which the README's paths exist."""
-    for name in ("examples", "weightworks"):
+    for name in ("examples", "weightworks", "recipes"):
         (tmp_path / name).symlink_to(REPOSITORY / name)
     return tmp_path
 
@@ -70,7 +70,22 @@ def test_readme_runs(folder: Path, environment: dict[str, str]) -> None:
         )
         assert done.returncode == 0, f"{text}\n{done.stdout}\n{done.stderr}"
     made = {path.name for path in folder.iterdir() if path.is_dir() and not path.is_symlink()}
-    assert made == {"tiny-llama-gptq-w4g128", "tiny-w8", "my_tasks", "tiny-asym", "tiny-rtn"}
+    assert made == {"tiny-llama-gptq-w4g128", "tiny-w8", "my_tasks", "tiny-asym", "tiny-rtn", "runs"}
+    page = (folder / "runs" / "bits-by-method" / "report.html").read_text(encoding="utf-8")
+    assert "small[use=gptq,bits=4]" in page
+
+
+RECIPES = [
+    path.name for path in sorted((REPOSITORY / "recipes").glob("*.yaml")) if f"recipes/{path.name}" not in README
+]
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_other_recipes_run(name: str, folder: Path, compress: Commands) -> None:
+    run = compress("run", f"recipes/{name}", "--json", "-q", cwd=folder)
+    assert run.code == 0, run.err
+    assert {stage["state"] for stage in run.json["stages"]} == {"source", "ran"}
+    assert run.json["scores"]
 
 
 @pytest.mark.parametrize("name", COMMANDS)
