@@ -25,6 +25,7 @@ MEMORY = Annotated[str | None, typer.Option("--max-memory", help="memory all sta
 JSON = Annotated[bool, typer.Option("--json", help="the report as one JSON object on stdout")]
 QUIET = Annotated[bool, typer.Option("-q", "--quiet", help="errors only")]
 RUNS = "runs"
+PRELOAD = ("weightworks.engine.preload", "weightworks.plan.stage")  # what worker processes have loaded from the start
 DAY = 86400.0
 
 
@@ -145,12 +146,16 @@ def execute(
     progress = Progress(quiet=quiet)
     settings = {"resume": resume, **({"max_memory": max_memory} if max_memory else {})}
     chosen: Any
-    if executor == "ray":
+    if executor == "ray" and plan.to_run:
         from weightworks.engine.ray_executor import OnRay
 
         chosen = OnRay(address)
     else:
-        chosen = Processes(jobs) if jobs > 1 else Here()
+        chosen = Processes(jobs, preload=PRELOAD) if jobs > 1 and plan.to_run else Here()
+    if chosen.slots != 1:
+        from weightworks.engine.machine import speeds
+
+        speeds()  # measured before workers could come to different figures, and so to different types
     return Runner(plan, chosen, progress, run=settings, limit=memory_limit(max_memory, plan)).run()
 
 

@@ -10,7 +10,9 @@ import hashlib
 import json
 import os
 import platform
+import re
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from importlib import metadata
@@ -43,9 +45,12 @@ def stage_keys(recipe: Recipe, digests: Digests) -> dict[str, Key]:
     for name, model in recipe.sources.items():
         keys[name] = _key({"source": digests.folder(resolve(model))})
     for name, stage in recipe.stages.items():
-        keys[name] = _key(
-            material(stage, {role: [keys[i].digest for i in names] for role, names in stage.inputs.items()}, digests)
-        )
+        inputs: dict[str, list[Any]] = {}
+        for role, names in stage.inputs.items():
+            digests_of = [keys[i].digest for i in names]
+            named = stage.kind == "score"  # its result calls the models by their names
+            inputs[role] = [list(pair) for pair in zip(names, digests_of, strict=True)] if named else digests_of
+        keys[name] = _key(material(stage, inputs, digests))
     return keys
 
 
@@ -93,8 +98,9 @@ def calibration(dataset: str, digests: Digests) -> Any:
 def environment() -> dict[str, str]:
     """Versions and hardware that numbers depend on."""
     threads = os.environ.get("OMP_NUM_THREADS") or str(len(os.sched_getaffinity(0)))
-    versions = {name: metadata.version(name) for name in NUMERIC}
-    return {**versions, "machine": platform.machine(), "processor": _processor(), "threads": threads}
+    found = {name: metadata.version(name) for name in NUMERIC}
+    found |= {"machine": platform.machine(), "processor": _processor(), "threads": threads}
+    return {**found, "accelerators": accelerators} if (accelerators := _accelerators()) else found
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str]:
@@ -118,6 +124,14 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str]
     yield from (f"{part.replace('_', ' ')} is new" for part in new if part not in old)
 
 
+def changed_files(source: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+    """In words, which files of a source changed."""
+    before, after = old.get("source") or {}, new["source"]
+    names = sorted(name for name in {**before, **after} if before.get(name) != after.get(name))
+    shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return f"{shown} of '{source}' changed" if names else f"'{source}' changed"
+
+
 def _short(value: Any) -> str:
     text = json.dumps(value) if isinstance(value, list | dict) else str(value)
     return text if len(text) <= 40 else text[:37] + "..."
@@ -137,3 +151,14 @@ def _processor() -> str:
     return next(
         (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor()
     )
+
+
+def _accelerators(cards: Path = Path("/proc/driver/nvidia/gpus")) -> str:
+    """The kinds of GPU that a stage may choose, without asking torch; "" if there is none."""
+    if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
+        return ""
+    models = set()
+    for path in cards.glob("*/information"):
+        with suppress(OSError):
+            models.update(re.findall(r"^Model:\s*(.+?)\s*$", path.read_text(), re.MULTILINE))
+    return ", ".join(sorted(models))

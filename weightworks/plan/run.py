@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, wait
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from graphlib import TopologicalSorter
-from pathlib import Path
 from typing import Any
 
 from weightworks.engine.executor import Executor
 from weightworks.errors import CheckpointError, WeightworksError
 from weightworks.plan.graph import Recipe, Stage, base_name
-from weightworks.plan.keys import Key, differences, stage_keys
-from weightworks.plan.remote import Remote
-from weightworks.plan.task import Task, estimate, perform
+from weightworks.plan.keys import Key, changed_files, differences, stage_keys
+from weightworks.plan.task import Production, Task, estimate, produce
 from weightworks.plan.workspace import Output, Workspace
 from weightworks.report.progress import Progress
-from weightworks.store.sources import Digests
 
 EXACT = 24  # stages to be run that are each estimated; of more, one of each that a matrix made
 
@@ -39,64 +37,44 @@ class Step:
     error: WeightworksError | None = None
 
 
-@dataclass(frozen=True)
-class Production:
-    """A task, the key its output is kept under, those of the outputs it reads, and where they are kept (``url``: on
-    storage that ``workspace`` mirrors): all that a worker on any machine needs."""
-
-    task: Task
-    key: str
-    needs: tuple[str, ...]
-    workspace: Path
-    memo: Path
-    url: str | None = None
-
-
-def produce(order: Production) -> dict[str, Any]:
-    """Have the output under its key: make it, or wait for another run that is making it."""
-    workspace = Workspace(order.workspace, Digests(order.memo), remote=Remote(order.url) if order.url else None)
-    with workspace.only_one(order.key):
-        if (found := workspace.find(order.key)) is not None:
-            return {**found.record, "cached": True}
-        for need in order.needs:
-            if workspace.find(need) is None:
-                raise CheckpointError(f"the input under {need[:12]} is gone or damaged", hint="run it again")
-        facts = perform(order.task)
-        output = workspace.keep(order.key, order.task.target, facts)
-    workspace.digests.save()
-    return {**output.record, "cached": False}
-
-
 class Plan:
     """What a run of ``recipe`` in ``workspace`` will do; nothing but headers and digests has been read."""
 
     def __init__(self, recipe: Recipe, workspace: Workspace) -> None:
         self.recipe, self.workspace = recipe, workspace
         self.keys = stage_keys(recipe, workspace.digests)
-        latest = workspace.latest()
+        self._latest = workspace.latest()
         self.steps: dict[str, Step] = {}
         for name, stage in recipe.stages.items():
             step = self.steps[name] = Step(stage, self.keys[name])
-            stale = [need for need in stage.needs if need in self.steps and self.steps[need].state == "to run"]
             step.output = workspace.find(step.key.digest)
             if step.output is not None:
                 step.state, step.reason = "cached", "nothing it depends on has changed"
             else:
-                step.reason = self._reason(name, latest.get(name), stale)
+                step.reason = self._reason(stage)
         workspace.digests.save()
 
-    def _reason(self, name: str, before: Mapping[str, Any] | None, stale: Sequence[str]) -> str:
-        if before is None:
+    def _reason(self, stage: Stage) -> str:
+        """Why a stage whose output is not there must run, in words."""
+        before, key = self._latest.get(stage.name, {}), self.keys[stage.name]
+        if "material" not in before:
             return "never run here"
-        if before.get("key") == self.keys[name].digest:
+        if before.get("key") == key.digest:
             return "its output is gone or damaged"
-        changes = list(differences(before["material"], self.keys[name].material))
-        changes = (
-            [text for text in changes if not text.startswith("input")]
-            or [f"'{need}' runs again" for need in stale]
-            or changes
-        )
+        texts = list(differences(before["material"], key.material))
+        changes = [text for text in texts if not text.startswith("input ")]
+        changes += filter(None, map(self._of_input, stage.needs)) if len(changes) < len(texts) else ()
+        changes = changes or texts
         return "; ".join(changes[:4]) + ("; ..." if len(changes) > 4 else "")
+
+    def _of_input(self, name: str) -> str | None:
+        """What has become of an input that changed."""
+        if name in self.steps:
+            return f"'{name}' runs again" if self.steps[name].state == "to run" else None
+        before = self._latest.get(name, {})
+        if before.get("key") in (None, self.keys[name].digest):
+            return None
+        return changed_files(name, before.get("material", {}), self.keys[name].material)
 
     @property
     def to_run(self) -> list[Step]:
@@ -146,8 +124,12 @@ class Runner:
     ) -> None:
         self.plan, self.executor, self.progress = plan, executor, progress
         self.run_settings, self.limit = run, limit
+        self.share = limit // (executor.slots or 1)  # memory of a stage that nobody can estimate
+        self.ready: list[Step] = []
+        self.estimating: dict[Future[Any], Step] = {}
         self.running: dict[Future[Any], Step] = {}
-        self.ready: list[str] = []
+        self._places = {name: place for place, name in enumerate(plan.steps, 1)}
+        self._estimated: set[str] = set()
 
     def run(self) -> int:
         """Run all steps; returns the exit code of the first failure, 0 if there is none."""
@@ -155,35 +137,49 @@ class Runner:
         for name, step in steps.items():
             sorter.add(name, *(need for need in step.stage.needs if need in steps))
         sorter.prepare()
-        try:
-            while sorter.is_active():
-                for name in sorter.get_ready():
-                    if self._settled(steps[name]):
-                        sorter.done(name)
-                    else:
-                        self.ready.append(name)
-                self._launch()
-                if self.running:
-                    done, _ = wait(self.running, return_when=FIRST_COMPLETED)
-                    for future in done:
-                        step = self.running.pop(future)
-                        self._finish(step, future)
-                        sorter.done(step.stage.name)
-        finally:
-            self.executor.close()
-            self._remember()
+        needed = [step.key.digest for step in steps.values()]
+        with self.plan.workspace.using(needed) if self.plan.to_run else nullcontext():
+            try:
+                self._remember()
+                self._walk(sorter)
+            finally:
+                self.executor.close()
+                self._remember()
         return next((step.error.exit_code for step in steps.values() if step.error is not None), 0)
+
+    def _walk(self, sorter: TopologicalSorter[str]) -> None:
+        while sorter.is_active():
+            for name in sorter.get_ready():
+                step = self.plan.steps[name]
+                if self._settled(step):
+                    sorter.done(name)
+                else:
+                    self.ready.append(step)
+            self._launch()
+            if self.running or self.estimating:
+                done, _ = wait([*self.estimating, *self.running], return_when=FIRST_COMPLETED)
+                for future in done:
+                    if future in self.estimating:
+                        step = self.estimating.pop(future)
+                        step.costs = _costs(future)
+                        self.ready.insert(0, step)
+                        continue
+                    step = self.running.pop(future)
+                    self._finish(step, future)
+                    sorter.done(step.stage.name)
 
     def _settled(self, step: Step) -> bool:
         """Whether there is nothing to do for a step whose inputs are settled."""
-        failed = [need for need in step.stage.needs if need in self.plan.steps and self.plan.steps[need].output is None]
+        needs = (self.plan.steps[need] for need in step.stage.needs if need in self.plan.steps)
+        missing = next((need for need in needs if need.output is None), None)
         if step.state == "cached":
             assert step.output is not None
             self.plan.workspace.link(step.stage.name, step.output)
             self.plan.workspace.touch(step.key.digest)
             self._say(step, "cached")
-        elif failed:
-            step.state, step.reason = "skipped", f"'{failed[0]}' is missing"
+        elif missing is not None:
+            what = "failed" if missing.state == "failed" else "was skipped"
+            step.state, step.reason = "skipped", f"it needs '{missing.stage.name}', which {what}"
             self._say(step, f"skipped: {step.reason}")
         else:
             return False
@@ -192,25 +188,34 @@ class Runner:
     def _launch(self) -> None:
         """Start what is ready, as far as slots and memory go; one task alone may always run."""
         waiting, self.ready = self.ready, []
-        for name in waiting:
-            step = self.plan.steps[name]
-            slots = self.executor.slots
-            full = slots is not None and len(self.running) >= slots
-            if not full and slots != 1 and not step.costs:
-                step.costs = self._estimate(step)
-            used = sum(int(other.costs.get("peak_bytes", 0)) for other in self.running.values())
-            crowded = bool(self.running) and used + int(step.costs.get("peak_bytes", 0)) > self.limit
-            if full or (crowded and slots is not None):
-                self.ready.append(name)
-                continue
-            alone = slots == 1 and self.progress.stream.isatty()  # then it may show its own bar
-            self._say(step, f"{step.stage.label}: {step.reason}")
-            task = self.plan.task(
-                step, model=self.plan.model_of, run=self.run_settings, quiet=not alone or self.progress.quiet
-            )
-            order = self._order(step, task)
-            future = self.executor.submit(produce, order, peak_bytes=step.costs.get("peak_bytes"))
-            self.running[future] = step
+        slots = self.executor.slots
+        for step in waiting:
+            used = sum(map(self._peak, self.running.values()))
+            if slots is not None and len(self.running) + len(self.estimating) >= slots:
+                self.ready.append(step)
+            elif slots != 1 and not step.costs and step.stage.name not in self._estimated:
+                self._estimated.add(step.stage.name)
+                task = self.plan.task(step, model=self.plan.model_of, run=self.run_settings, quiet=True)
+                self.estimating[self.executor.submit(estimate, task)] = step
+            elif slots is not None and self.running and used + self._peak(step) > self.limit:
+                self.ready.append(step)
+            else:
+                self._start(step)
+
+    def _peak(self, step: Step) -> int:
+        """Bytes of memory that a step is expected to take."""
+        return int(step.costs.get("peak_bytes") or self.share)
+
+    def _start(self, step: Step) -> None:
+        wait = "; waiting for another run that is making it" if self.plan.workspace.busy(step.key.digest) else ""
+        self._say(step, f"{step.stage.label}: {step.reason}{wait}")
+        slots, run = self.executor.slots, dict(self.run_settings)
+        if step.stage.kind == "score" and slots is not None and slots > 1:
+            run["max_memory"] = f"{max(self.share, 1)}B"
+        alone = slots == 1 and self.progress.stream.isatty()  # then it may show its own bar
+        task = self.plan.task(step, model=self.plan.model_of, run=run, quiet=not alone or self.progress.quiet)
+        future = self.executor.submit(produce, self._order(step, task), peak_bytes=step.costs.get("peak_bytes"))
+        self.running[future] = step
 
     def _order(self, step: Step, task: Task) -> Production:
         workspace, steps = self.plan.workspace, self.plan.steps
@@ -218,42 +223,44 @@ class Runner:
         url = workspace.remote.url if workspace.remote is not None else None
         return Production(task, step.key.digest, needs, workspace.root, workspace.digests.memo, url)
 
-    def _estimate(self, step: Step) -> Mapping[str, Any]:
-        task = self.plan.task(step, model=self.plan.model_of, run=self.run_settings, quiet=True)
-        try:
-            found: Mapping[str, Any] = self.executor.submit(estimate, task).result()
-        except WeightworksError:
-            return {}  # the task itself will say what is wrong
-        return found
-
     def _finish(self, step: Step, future: Future[Any]) -> None:
         try:
             step.facts = future.result()
         except WeightworksError as error:
-            step.state, step.error = "failed", error
-            self._say(step, f"failed: {error}")
-            if error.hint:
-                self.progress.say(f"  hint: {error.hint}")
+            self._failed(step, error)
             return
         workspace = self.plan.workspace
         if (output := workspace.find(step.key.digest)) is None:
-            step.state, step.error = "failed", CheckpointError("its output is gone or damaged already")
-            self._say(step, f"failed: {step.error}")
+            self._failed(step, CheckpointError("its output is gone or damaged already"))
             return
         step.output = output
         step.state = "cached" if step.facts["cached"] else "ran"
         workspace.link(step.stage.name, step.output)
         self._say(step, f"done in {step.facts['seconds']:.1f} s" if step.state == "ran" else "another run has made it")
+        self._remember()
+
+    def _failed(self, step: Step, error: WeightworksError) -> None:
+        step.state, step.error = "failed", error
+        self._say(step, f"failed: {error}")
+        if error.hint:
+            self.progress.say(f"  hint: {error.hint}")
 
     def _say(self, step: Step, text: str) -> None:
-        place = list(self.plan.steps).index(step.stage.name) + 1
-        self.progress.say(f"[{place}/{len(self.plan.steps)}] {step.stage.name}: {text}")
+        self.progress.say(f"[{self._places[step.stage.name]}/{len(self._places)}] {step.stage.name}: {text}")
 
     def _remember(self) -> None:
-        done = {
-            name: {"key": step.key.digest, "material": step.key.material}
-            for name, step in self.plan.steps.items()
-            if step.output is not None
-        }
-        self.plan.workspace.remember(done)
+        """Note which keys stand for the recipe's stages now: for reasons later, and as what is in use."""
+        done = (name for name, step in self.plan.steps.items() if step.output is not None)
+        keys = {name: self.plan.keys[name] for name in (*self.plan.recipe.sources, *done)}
+        self.plan.workspace.remember(
+            {name: {"key": key.digest, "material": key.material} for name, key in keys.items()}
+        )
         self.plan.workspace.digests.save()
+
+
+def _costs(future: Future[Any]) -> Mapping[str, Any]:
+    try:
+        found: Mapping[str, Any] = future.result()
+    except WeightworksError:
+        return {}  # the task itself will say what is wrong
+    return found

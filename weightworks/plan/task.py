@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import platform
 import shutil
 import time
 from collections.abc import Mapping
@@ -10,10 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from weightworks.errors import MethodError
+from weightworks.errors import CheckpointError, MethodError, ResourceError
+from weightworks.plan.keys import differences, environment
+from weightworks.plan.remote import Remote
+from weightworks.plan.workspace import Workspace
 from weightworks.stage import catalog
+from weightworks.store.sources import Digests
 
 SCORE = "score.json"
+PLANNED = "environment"  # the part of a key that a worker must share
 
 
 @dataclass(frozen=True)
@@ -32,6 +38,40 @@ class Task:
     target: Path
     material: Mapping[str, Any]
     quiet: bool = True
+
+
+@dataclass(frozen=True)
+class Production:
+    """A task, the key its output is kept under, those of the outputs it reads, and where they are kept (``url``: on
+    storage that ``workspace`` mirrors): all that a worker on any machine needs."""
+
+    task: Task
+    key: str
+    needs: tuple[str, ...]
+    workspace: Path
+    memo: Path
+    url: str | None = None
+
+
+def produce(order: Production) -> dict[str, Any]:
+    """Have the output under its key: make it, or wait for another run that is making it."""
+    if other := list(differences({PLANNED: order.task.material[PLANNED]}, {PLANNED: environment()})):
+        raise ResourceError(
+            f"the worker on {platform.node()} is another than the run was planned for ({'; '.join(other)}): "
+            "its numbers could differ",
+            hint="use machines of one kind with the same packages",
+        )
+    workspace = Workspace(order.workspace, Digests(order.memo), remote=Remote(order.url) if order.url else None)
+    with workspace.only_one(order.key):
+        if (found := workspace.find(order.key)) is not None:
+            return {**found.record, "cached": True}
+        for need in order.needs:
+            if workspace.find(need) is None:
+                raise CheckpointError(f"the input under {need[:12]} is gone or damaged", hint="run it again")
+        facts = perform(order.task)
+        output = workspace.keep(order.key, order.task.target, facts)
+    workspace.digests.save()
+    return {**output.record, "cached": False}
 
 
 def estimate(task: Task) -> dict[str, Any]:

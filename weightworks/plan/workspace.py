@@ -2,8 +2,9 @@
 
 WORKSPACE/cache/KEY/STAGE/       an output folder with its provenance.json
 WORKSPACE/cache/KEY/record.json  written last: what it is, what it cost
-WORKSPACE/STAGE                  a link to the latest output of that stage
-WORKSPACE/stages.json            the latest key of each stage, to say what changed
+WORKSPACE/RECIPE/STAGE           a link to the latest output of that stage
+WORKSPACE/RECIPE/stages.json     the latest key of each stage, to say what changed
+WORKSPACE/RECIPE/.run-*          the keys a run needs, locked as long as it runs
 """
 
 from __future__ import annotations
@@ -13,18 +14,21 @@ import json
 import os
 import re
 import shutil
+import stat
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+import uuid
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from weightworks.errors import CheckpointError, OutputError
 from weightworks.plan.remote import Remote
 from weightworks.store.sources import Digests
 
-PROVENANCE, RECORD, LOCK, LATEST = "provenance.json", "record.json", "lock", "stages.json"
+PROVENANCE, RECORD, LOCK, LATEST, RUN = "provenance.json", "record.json", "lock", "stages.json", ".run-"
+WHOLE = "."  # the last line of what a run says it needs
 
 
 @dataclass(frozen=True)
@@ -76,42 +80,97 @@ class Workspace:
     def keep(self, key: str, folder: Path, facts: Mapping[str, Any]) -> Output:
         """Enter the finished ``folder`` under ``key``: from now on it is found."""
         record = {**facts, "folder": folder.name, "provenance": self.digests.file(folder / PROVENANCE)}
-        write_json(self.cache / key / RECORD, record)
+        with self._writing():
+            write_json(self.cache / key / RECORD, record)
         if self.remote is not None:
             self.remote.send(self.cache, key)
         return Output(folder, record)
 
     @contextmanager
-    def only_one(self, key: str, wait: Callable[[], None] = lambda: None) -> Iterator[None]:
-        """Hold the key: another run that wants the same output waits, then finds it. ``wait`` is told of a wait."""
-        self.make(self.cache / key)
-        with (self.cache / key / LOCK).open("a") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                wait()
-                fcntl.flock(lock, fcntl.LOCK_EX)
+    def only_one(self, key: str) -> Iterator[None]:
+        """Hold the key: another run that wants the same output waits, then finds it."""
+        with self._locked(self.cache / key / LOCK):
             yield
+
+    def busy(self, key: str) -> bool:
+        """Whether a run is making the output under ``key``."""
+        try:
+            with (self.cache / key / LOCK).open() as lock:
+                return not _free(lock, fcntl.LOCK_SH)
+        except OSError:
+            return False
+
+    @contextmanager
+    def using(self, keys: Iterable[str]) -> Iterator[None]:
+        """Say which outputs a run needs: none of them is removed until it ends, however it ends."""
+        with self._locked(self.view / f"{RUN}{uuid.uuid4().hex}") as file:
+            try:
+                with self._writing():
+                    file.write("\n".join([*keys, WHOLE]))
+                    file.flush()
+                yield
+            finally:
+                Path(file.name).unlink(missing_ok=True)
+
+    def used(self) -> set[str]:
+        """The keys that runs need now. What killed runs have left of theirs is cleared away."""
+        keys: set[str] = set()
+        for path in self.root.glob(f"*/{RUN}*"):
+            with suppress(OSError), path.open() as file:
+                while not _free(file, fcntl.LOCK_EX):
+                    file.seek(0)
+                    lines = file.read().split()
+                    if WHOLE in lines:
+                        keys.update(lines)
+                        break
+                    time.sleep(0.01)  # it is being written
+                else:
+                    path.unlink()
+        return keys
+
+    @contextmanager
+    def _locked(self, path: Path) -> Iterator[TextIO]:
+        """The file ``path``, made and locked; made again if somebody removed it before the lock was ours."""
+        while True:
+            self.make(path.parent)
+            with ExitStack() as stack:
+                with self._writing():
+                    file = stack.enter_context(path.open("a"))
+                    fcntl.flock(file, fcntl.LOCK_EX)
+                status = _status(path)
+                if status is not None and os.path.samestat(os.fstat(file.fileno()), status):
+                    yield file
+                    return
 
     def make(self, folder: Path) -> None:
         """Make a folder of the workspace; raises :class:`OutputError` where nothing can be written."""
-        try:
+        with self._writing():
             folder.mkdir(parents=True, exist_ok=True)
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
         except OSError as error:
+            where = error.filename or self.root
             raise OutputError(
-                f"{folder}: cannot be made ({error.strerror})", hint="choose another place with --workspace"
+                f"{where}: cannot write there ({error.strerror})", hint="choose another place with --workspace"
             ) from None
 
     def link(self, stage: str, output: Output) -> None:
         """Let the stage's name lead to its output; what is there and no link of ours stays."""
         path = self.view / safe(stage)
+        target = os.path.relpath(output.folder, self.view)
+        if path.is_symlink() and os.readlink(path) == target:
+            return
         if path.exists() and not path.is_symlink():
             return
         self.make(self.view)
         temporary = self.view / f".{safe(stage)}.{os.getpid()}"
-        temporary.unlink(missing_ok=True)
-        temporary.symlink_to(os.path.relpath(output.folder, self.view))
-        temporary.replace(path)
+        with self._writing():
+            temporary.unlink(missing_ok=True)
+            temporary.symlink_to(target)
+            temporary.replace(path)
 
     def latest(self) -> dict[str, Any]:
         """Key and material of each stage of the recipe as last run or found."""
@@ -119,28 +178,29 @@ class Workspace:
 
     def remember(self, latest: Mapping[str, Any]) -> None:
         """Add to what :meth:`latest` tells."""
-        write_json(self.view / LATEST, {**self.latest(), **latest})
+        before = self.latest()
+        if (after := {**before, **latest}) != before:
+            with self._writing():
+                write_json(self.view / LATEST, after)
 
     def entries(self) -> list[dict[str, Any]]:
         """All that is kept, finished or not: key, stage, bytes, seconds since last use, state."""
-        current = {facts["key"] for path in self.root.glob(f"*/{LATEST}") for facts in _latest(path).values()}
+        current = {facts.get("key") for path in self.root.glob(f"*/{LATEST}") for facts in _latest(path).values()}
+        current |= self.used()
         found = []
-        for folder in sorted(self.cache.iterdir()) if self.cache.is_dir() else []:
+        for folder in sorted(self.cache.glob("[!.]*")):
             try:
                 record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
             except (OSError, ValueError):
                 record = {}
-            files = [path for path in folder.rglob("*") if path.is_file()]
-            used = max(
-                (path.stat().st_mtime for path in (folder / RECORD, folder / LOCK) if path.exists()), default=0.0
-            )
+            used = [_status(folder / name) for name in (RECORD, LOCK)]
             found.append(
                 {
                     "key": folder.name,
                     "stage": record.get("stage", "?"),
                     "method": record.get("method", "?"),
-                    "bytes": sum(path.stat().st_size for path in files),
-                    "used": used,
+                    "bytes": sum(status.st_size for path in folder.rglob("*") if (status := _status(path))),
+                    "used": max((status.st_mtime for status in used if status), default=0.0),
                     "state": "unfinished" if not record else "current" if folder.name in current else "old",
                 }
             )
@@ -151,11 +211,9 @@ class Workspace:
         folder = self.cache / key
         if not folder.is_dir():
             raise CheckpointError(f"{self.cache}: holds no {key}", hint="see: compress cache ls")
-        with (folder / LOCK).open("a") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise OutputError(f"{key[:12]}: a run is working on it", hint="wait for it, or stop it") from None
+        with self._writing(), (folder / LOCK).open("a") as lock:
+            if not _free(lock, fcntl.LOCK_EX) or key in self.used():
+                raise OutputError(f"{key[:12]}: a run is working on it", hint="wait for it, or stop it")
             (folder / RECORD).unlink(missing_ok=True)  # from here on it is not found
             shutil.rmtree(folder)
         for link in self.root.glob("*/*"):
@@ -164,7 +222,8 @@ class Workspace:
 
     def touch(self, key: str) -> None:
         """Mark the output under ``key`` as used now."""
-        os.utime(self.cache / key / LOCK, (time.time(), time.time())) if (self.cache / key / LOCK).exists() else None
+        with suppress(OSError):  # in a workspace that cannot be written nothing is removed either
+            os.utime(self.cache / key / LOCK)
 
 
 def _latest(path: Path) -> dict[str, Any]:
@@ -172,7 +231,25 @@ def _latest(path: Path) -> dict[str, Any]:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return {name: facts for name, facts in found.items() if isinstance(facts, dict)} if isinstance(found, dict) else {}
+
+
+def _free(file: TextIO, kind: int) -> bool:
+    """Whether a lock of this kind could be had at once; then it is held until the file is closed."""
+    try:
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _status(path: Path) -> os.stat_result | None:
+    """A file's status, None for what is gone meanwhile and what is no file."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status if stat.S_ISREG(status.st_mode) else None
 
 
 def safe(stage: str) -> str:
