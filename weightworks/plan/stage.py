@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -67,14 +67,20 @@ def run_stage(
     dry_run: bool = False,
     progress: Progress | None = None,
     announce: Callable[[dict[str, Any]], None] = lambda resolved: None,
+    called: str | None = None,
 ) -> Outcome:
-    """Run method ``kind.name`` on ``model``. ``announce`` is given the resolved configuration before work starts."""
+    """Run method ``kind.name`` on ``model``. ``announce`` is given the resolved configuration before work starts.
+
+    ``called`` is what provenance and card call the input, in place of the path: where it lies in a workspace is no part of
+    what it is.
+    """
     started = time.monotonic()
     progress = progress or Progress(quiet=True)
     entry = catalog.find(kind, name)
     module = entry.load()
     method = module.Method(module.Options.parse(options, where=entry.label))
     checkpoint = Checkpoint.open(model, allow_pickle=settings.allow_pickle)
+    checkpoint = checkpoint if called is None else replace(checkpoint, source=called)
     target = (output_dir or default_target(checkpoint, name, method.options)).absolute()
     root = checkpoint.root.resolve()
     if target.resolve() in (root, *root.parents):

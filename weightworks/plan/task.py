@@ -108,15 +108,18 @@ def _run(task: Task, *, dry_run: bool) -> Any:
 
     if set(task.inputs) != {"model"}:
         raise MethodError(f"{task.kind}.{task.method}: inputs {', '.join(task.inputs)} cannot be run yet")
+    name, model = task.inputs["model"][0]
+    cache = task.target.parent.parent
     return run_stage(
         task.kind,
         task.method,
-        task.inputs["model"][0][1],
+        model,
         dict(task.options),
         Settings(**task.settings),
         output_dir=task.target,
         dry_run=dry_run,
         progress=Progress(quiet=task.quiet),
+        called=name if cache in Path(model).parents else None,
     )
 
 
