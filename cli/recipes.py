@@ -292,7 +292,8 @@ def cache(
         if not keys:
             raise UsageError("cache rm: which? give keys, or beginnings of them", hint="see: compress cache ls")
     elif action == "gc":
-        chosen = [entry for entry in entries if entry["state"] != "current" and now - entry["used"] >= older_than * DAY]
+        removable = [entry for entry in entries if entry["state"] in ("old", "unfinished")]
+        chosen = [entry for entry in removable if now - entry["used"] >= older_than * DAY]
     else:
         raise UsageError(f"cache {action}: unknown action ({nearest(action, ('ls', 'rm', 'gc'))})")
     for entry in chosen:

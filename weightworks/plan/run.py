@@ -179,7 +179,7 @@ class Runner:
             self._say(step, "cached")
         elif missing is not None:
             what = "failed" if missing.state == "failed" else "was skipped"
-            step.state, step.reason = "skipped", f"it needs '{missing.stage.name}', which {what}"
+            step.state, step.reason = "skipped", f"'{missing.stage.name}' is missing: it {what}"
             self._say(step, f"skipped: {step.reason}")
         else:
             return False
@@ -241,12 +241,15 @@ class Runner:
 
     def _failed(self, step: Step, error: WeightworksError) -> None:
         step.state, step.error = "failed", error
-        self._say(step, f"failed: {error}")
-        if error.hint:
-            self.progress.say(f"  hint: {error.hint}")
+        hint = f"\n  hint: {error.hint}" if error.hint else ""
+        self._say(step, f"failed: {error}{hint}", always=True)
 
-    def _say(self, step: Step, text: str) -> None:
-        self.progress.say(f"[{self._places[step.stage.name]}/{len(self._places)}] {step.stage.name}: {text}")
+    def _say(self, step: Step, text: str, *, always: bool = False) -> None:
+        line = f"[{self._places[step.stage.name]}/{len(self._places)}] {step.stage.name}: {text}"
+        if always and self.progress.quiet:
+            self.progress.stream.write(line + "\n")
+        else:
+            self.progress.say(line)
 
     def _remember(self) -> None:
         """Note which keys stand for the recipe's stages now: for reasons later, and as what is in use."""

@@ -81,6 +81,8 @@ class Workspace:
         """Enter the finished ``folder`` under ``key``: from now on it is found."""
         record = {**facts, "folder": folder.name, "provenance": self.digests.file(folder / PROVENANCE)}
         with self._writing():
+            for torn in (self.cache / key).glob(f".{RECORD}.*"):  # of a run that was killed
+                torn.unlink()
             write_json(self.cache / key / RECORD, record)
         if self.remote is not None:
             self.remote.send(self.cache, key)
@@ -103,6 +105,7 @@ class Workspace:
     @contextmanager
     def using(self, keys: Iterable[str]) -> Iterator[None]:
         """Say which outputs a run needs: none of them is removed until it ends, however it ends."""
+        self.used()  # clears away
         with self._locked(self.view / f"{RUN}{uuid.uuid4().hex}") as file:
             try:
                 with self._writing():
@@ -184,15 +187,16 @@ class Workspace:
                 write_json(self.view / LATEST, after)
 
     def entries(self) -> list[dict[str, Any]]:
-        """All that is kept, finished or not: key, stage, bytes, seconds since last use, state."""
+        """All that is kept, finished or not: key, stage, method, bytes, time of last use, and state: ``in use`` by a run,
+        ``current`` (what a recipe's stage last was), ``old``, ``unfinished``."""
         current = {facts.get("key") for path in self.root.glob(f"*/{LATEST}") for facts in _latest(path).values()}
-        current |= self.used()
-        found = []
+        in_use, found = self.used(), []
         for folder in sorted(self.cache.glob("[!.]*")):
             try:
                 record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
             except (OSError, ValueError):
                 record = {}
+            state = "unfinished" if not record else "current" if folder.name in current else "old"
             used = [_status(folder / name) for name in (RECORD, LOCK)]
             found.append(
                 {
@@ -201,7 +205,7 @@ class Workspace:
                     "method": record.get("method", "?"),
                     "bytes": sum(status.st_size for path in folder.rglob("*") if (status := _status(path))),
                     "used": max((status.st_mtime for status in used if status), default=0.0),
-                    "state": "unfinished" if not record else "current" if folder.name in current else "old",
+                    "state": "in use" if folder.name in in_use or self.busy(folder.name) else state,
                 }
             )
         return found
