@@ -1,0 +1,38 @@
+"""Task arithmetic: add the weighted sum of the task vectors to the base."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from pydantic import Field
+
+from weightworks.stage.merging import Slab, WeightedOptions
+
+PAPER = "Ilharco et al. 2022, arXiv:2212.04089"
+VERSION = 1
+
+
+class Options(WeightedOptions):
+    """Options of task arithmetic."""
+
+    scaling: float = Field(0.4, description="lambda: what the sum of the task vectors is multiplied by")
+    normalize: bool = Field(False, description="divide the sum by the sum of the weights")
+
+
+class Method:
+    """theta = theta_0 + lambda sum_i w_i tau_i, with w_i = 1 unless weights are given (section 2 of the paper)."""
+
+    BASE, LEAST, MOST = "required", 1, None
+
+    def __init__(self, options: Options) -> None:
+        self.options = options
+
+    def merge(self, slab: Slab, found: Any) -> torch.Tensor:
+        assert slab.base is not None
+        weights = self.options.each("weights", len(slab.models)) or [1.0] * len(slab.models)
+        total = sum(weights) if self.options.normalize else 1.0
+        result = slab.base.clone()
+        for weight, delta in zip(weights, slab.deltas, strict=True):
+            result.add_(delta, alpha=self.options.scaling * weight / total)
+        return result

@@ -1,0 +1,160 @@
+"""The shape of a merge: what a method is given of each tensor, what it may ask of all of them first, what it returns.
+
+A merge never sees a model. It is handed *slabs*: some rows of one tensor, of every model, in float32. Arithmetic on a slab
+must be the same whatever rows it holds, unless the method asks for whole tensors (``WHOLE``). Figures that need more than
+a slab, such as norms and thresholds, come from surveys that the engine runs first.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, ClassVar, Literal, Protocol, Self
+
+import numpy
+import torch
+from pydantic import Field
+
+from weightworks.options import Options
+
+LANES = 8  # 32-bit numbers in one step of the counter of Philox 4x64
+STATE = "state"  # the figure of a survey that is kept for the tensor, not added up
+
+
+class MergeOptions(Options):
+    """Options that every merge has. Those named in ``PER_MODEL`` hold one value for all models, or one for each."""
+
+    PER_MODEL: ClassVar[tuple[str, ...]] = ()
+
+    on_missing: Literal["error", "base", "skip-model"] = Field(
+        "error",
+        description="when a model lacks a tensor: refuse, let the base stand for it, or merge the others without it",
+    )
+    out_dtype: Literal["same", "float32", "bfloat16", "float16"] = Field(
+        "same", description="dtype of the result; same: tensor by tensor that of the base, or of the first model"
+    )
+    check: Literal["full", "files"] = Field(
+        "full", description="before publishing: full loads the result with stock transformers, files reads it back"
+    )
+
+    def each(self, name: str, count: int) -> list[float]:
+        """Option ``name`` for each of ``count`` models."""
+        values: list[float] = list(getattr(self, name))
+        return values * count if len(values) == 1 else values
+
+    def lengths(self, count: int) -> list[str]:
+        """What is wrong with the number of values of options that are given model by model, a sentence each."""
+        return [
+            f"{name.replace('_', '-')} has {given} values, for {count} models (give one for all, or one for each)"
+            for name in self.PER_MODEL
+            if (given := len(getattr(self, name))) not in (0, 1, count)
+        ]
+
+    def only(self, models: Sequence[int], count: int) -> Self:
+        """The options for ``models``, numbers among the ``count`` of the merge."""
+        update: dict[str, Any] = {}
+        for name in self.PER_MODEL:
+            values = getattr(self, name)
+            if len(values) == count > 1:
+                update[name] = [values[model] for model in models]
+        return self.model_copy(update=update)
+
+
+class WeightedOptions(MergeOptions):
+    """Options of merges in which each model has a weight."""
+
+    PER_MODEL: ClassVar[tuple[str, ...]] = ("weights",)
+
+    weights: list[float] = Field(default=[], description="a weight for each model, such as 0.5,0.3,0.2; default: equal")
+
+
+@dataclass(frozen=True)
+class Slab:
+    """Rows ``start:start + rows`` of the tensor ``name``, whose whole ``shape`` is [out, ...], of every model.
+
+    ``models`` are float32 [rows, ...] in argument order, ``base`` is the same of the base or None. A tensor without
+    axes comes as one of shape [1]. ``state`` is what a survey kept of this tensor, ``side`` each model's statistics of it
+    (``Method.SIDE``). Tensors may be used up, but each is handed to one call only.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    start: int
+    models: tuple[torch.Tensor, ...]
+    base: torch.Tensor | None = None
+    keys: tuple[str, ...] = ()
+    seed: int = 0
+    state: torch.Tensor | None = None
+    side: tuple[Mapping[str, torch.Tensor], ...] = ()
+
+    @cached_property
+    def deltas(self) -> tuple[torch.Tensor, ...]:
+        """The task vectors: each model less the base, float32 [rows, ...]."""
+        assert self.base is not None, "only methods that need a base ask for deltas"
+        return tuple(model - self.base for model in self.models)
+
+    @property
+    def matrix(self) -> bool:
+        """Whether the tensor is a matrix; vectors (norms, biases) are often treated more gently."""
+        return len(self.shape) == 2
+
+    def uniform(self, model: int) -> torch.Tensor:
+        """Random numbers in [0, 1), float32 of the shape of ``models[model]``.
+
+        Each is a function of the seed, the tensor, the model's content and the place in the tensor: neither the order
+        of the work nor that of the models changes it. Generator: Philox 4x64 by its counter (Salmon et al. 2011).
+        """
+        like = self.models[model]
+        row = like[0].numel() if like.dim() else 1
+        first, count = self.start * row, like.numel()
+        skip = first % LANES
+        key = hashlib.sha256(f"{self.seed}\0{self.name}\0{self.keys[model]}".encode()).digest()[:16]
+        philox = numpy.random.Philox(key=int.from_bytes(key, "little"), counter=first // LANES)
+        drawn = philox.random_raw(-(-(skip + count) // 2)).view(numpy.uint32)[skip : skip + count]
+        numbers = numpy.multiply(drawn >> 8, 2.0**-24, dtype=numpy.float32)
+        return torch.from_numpy(numbers).reshape(like.shape).to(like.device)
+
+
+def _nothing(sums: Mapping[str, torch.Tensor], found: Any) -> Any:
+    return {name: value.tolist() for name, value in sums.items()}
+
+
+@dataclass(frozen=True)
+class Survey:
+    """A pass over slabs before merging.
+
+    ``look(slab, found)`` returns figures by name, int64 or float64 tensors, which are added up over the slabs of a tensor
+    or, with ``scope="model"``, of all tensors in order of their names. ``conclude(sums, found)`` makes of them what is handed
+    as ``found`` to the next survey and to ``merge``: JSON-compatible data, so that an interrupted run remembers it.
+    With ``whole`` slabs are whole tensors. A figure called ``state`` is no sum: it is kept for its tensor (float32, of the
+    tensor's shape) and handed to later calls as ``slab.state``.
+    """
+
+    look: Callable[[Slab, Any], Mapping[str, torch.Tensor]]
+    conclude: Callable[[Mapping[str, torch.Tensor], Any], Any] = field(default=_nothing)
+    scope: Literal["tensor", "model"] = "tensor"
+    whole: bool = False
+
+
+class Merger(Protocol):
+    """A merge of several models of one architecture, tensor by tensor.
+
+    Besides what is below, the class says: ``BASE``, whether a base is "required", "optional" or "refused"; ``LEAST`` and
+    ``MOST`` (None: any number), how many models it takes. It may say ``WHOLE = True``: slabs are whole tensors.
+    """
+
+    BASE: ClassVar[Literal["required", "optional", "refused"]]
+    LEAST: ClassVar[int]
+    MOST: ClassVar[int | None]
+    options: Any
+
+    def surveys(self) -> Sequence[Survey]:
+        """The passes that are needed first, in order; most methods need none and leave this out."""
+
+    def merge(self, slab: Slab, found: Any) -> torch.Tensor:
+        """The merged rows, float32 or float64 of the shape of ``slab.models[0]``; cast once by the engine.
+
+        ``found`` is what the last survey concluded, None if there is none.
+        """
