@@ -52,9 +52,9 @@ def finish(
     name; the folder is left.
     """
     writer.write_index()
-    writer.write_text("config.json", json.dumps(output_config(job), indent=2) + "\n")
+    writer.write_text("config.json", json.dumps(job.config(), indent=2) + "\n")
     if job.format is not None and job.format.name.startswith("gptq"):
-        writer.write_text("quantize_config.json", json.dumps(quantization_config(job), indent=2) + "\n")
+        writer.write_text("quantize_config.json", json.dumps(job.quantization_config(), indent=2) + "\n")
     copied = copy_sidecars(job.checkpoint.root, writer.staging)
     job.progress.say("verifying: reading everything back", detail=True)
     files = writer.read_back()
@@ -74,9 +74,9 @@ def finish(
     provenance = {
         "stage": digest_of(identity),
         "identity": identity,
-        "source": {"name": job.checkpoint.source, "files": job.checkpoint.files, "made_by": _parent(job)},
+        "source": job.origin(),
         "files": files,
-        "tensors": account(job),
+        "tensors": job.account(),
         **facts,
         "checks": checks,
         "fallbacks": degraded,
@@ -92,7 +92,7 @@ def verify(
     job: Job, staged: Checkpoint, probe: torch.Tensor, in_memory: dict[str, Any], reload_blocks: int
 ) -> dict[str, Any]:
     """Account for all tensors, load the folder with stock transformers, compare perplexities; returns what was seen."""
-    view, expected = DenseView(staged), set(job.checkpoint.tensors)
+    view, expected = DenseView(staged), job.expected
     if set(view.names) != expected:
         lost, extra = sorted(expected - set(view.names)), sorted(set(view.names) - expected)
         raise VerificationError(f"tensors do not add up: missing {lost[:5]}, unexpected {extra[:5]}")
@@ -140,52 +140,3 @@ def stream_perplexity(job: Job, view: DenseReader, probe: torch.Tensor, blocks: 
         job.skeleton, view, Windows(probe), states, returns_tuple=job.returns_tuple, device=job.device, blocks=blocks
     )
     return perplexity(losses)
-
-
-def account(job: Job) -> dict[str, Any]:
-    """What became of every input tensor: transformed or copied, with the reason a matrix was left as it is."""
-    copied = [name for name in job.checkpoint.tensors if name not in job.linears]
-    left = {
-        name: job.kept.get(name, "unused by the model")
-        for name in copied
-        if name in job.kept or name in job.skeleton.unused
-    }
-    return {
-        "input": len(job.checkpoint.tensors),
-        "transformed": len(job.linears),
-        "copied": len(copied),
-        "dropped": 0,
-        "left_as_they_are": left,
-    }
-
-
-def quantization_config(job: Job) -> dict[str, Any]:
-    """The ``quantization_config`` of the job's format."""
-    assert job.format is not None and job.scheme is not None
-    facts = {
-        "damp_percent": getattr(job.options, "damp_percent", None) or 0.01,
-        "static_groups": getattr(job.options, "act_order", "none") == "static",
-        "quantizer": f"weightworks:{job.label}",
-    }
-    return job.format.config(job.scheme, job.ignored_modules(), facts)
-
-
-def output_config(job: Job) -> dict[str, Any]:
-    """The source's configuration, with ``quantization_config`` exactly where weights are packed."""
-    config = {
-        key: value
-        for key, value in job.checkpoint.config.items()
-        if key not in ("quantization_config", "sparsity_config")
-    }
-    if job.format is not None:
-        config["quantization_config"] = quantization_config(job)
-    return config
-
-
-def _parent(job: Job) -> dict[str, Any] | None:
-    """The stage that made the source, if it bears a provenance."""
-    path = job.checkpoint.root / PROVENANCE
-    if not path.is_file():
-        return None
-    parent = json.loads(path.read_text(encoding="utf-8"))
-    return {key: parent.get(key) for key in ("stage", "identity", "source", "calibration")}

@@ -11,7 +11,7 @@ import json
 import math
 import platform
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -20,13 +20,14 @@ from typing import Any
 import torch
 
 import weightworks
-from weightworks.errors import MethodError
+from weightworks.errors import CheckpointError, MethodError
 from weightworks.report.progress import Progress
 from weightworks.stage.protocols import Solution, Target
 from weightworks.stage.settings import Settings
 from weightworks.store.checkpoint import Checkpoint
 from weightworks.store.dense import DenseView
 from weightworks.store.formats import Format, find_format
+from weightworks.store.manifest import read_provenance
 from weightworks.store.packing import IntScheme, Quantized
 from weightworks.store.tensorfile import TensorSpec
 from weightworks.store.writer import planned_bytes
@@ -198,6 +199,49 @@ class Job:
         names.update(name.removesuffix(".weight") for name in self.kept)
         return sorted(names)
 
+    @property
+    def expected(self) -> set[str]:
+        """Names of all dense tensors the output must stand for."""
+        return set(self.checkpoint.tensors)
+
+    def account(self) -> dict[str, Any]:
+        """What became of every input tensor: transformed or copied, with the reason a matrix was left as it is."""
+        copied = [name for name in self.checkpoint.tensors if name not in self.linears]
+        left = {
+            name: self.kept.get(name, "unused by the model")
+            for name in copied
+            if name in self.kept or name in self.skeleton.unused
+        }
+        return {
+            "input": len(self.checkpoint.tensors),
+            "transformed": len(self.linears),
+            "copied": len(copied),
+            "dropped": 0,
+            "left_as_they_are": left,
+        }
+
+    def quantization_config(self) -> dict[str, Any]:
+        """The ``quantization_config`` of the job's format."""
+        assert self.format is not None
+        assert self.scheme is not None
+        facts = {
+            "damp_percent": getattr(self.options, "damp_percent", None) or 0.01,
+            "static_groups": getattr(self.options, "act_order", "none") == "static",
+            "quantizer": f"weightworks:{self.label}",
+        }
+        return self.format.config(self.scheme, self.ignored_modules(), facts)
+
+    def config(self) -> dict[str, Any]:
+        """The source's configuration, with ``quantization_config`` exactly where weights are packed."""
+        config = dense_config(self.checkpoint.config)
+        if self.format is not None:
+            config["quantization_config"] = self.quantization_config()
+        return config
+
+    def origin(self) -> dict[str, Any]:
+        """What the output was made from, for its provenance."""
+        return origin(self.checkpoint)
+
     def identity(self, **facts: Any) -> dict[str, Any]:
         """What the output's bytes depend on; two runs of equal identity make equal bytes."""
         from importlib.metadata import version
@@ -218,6 +262,22 @@ class Job:
             },
             **facts,
         }
+
+
+def dense_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration without what only packed or sparse weights need."""
+    return {key: value for key, value in config.items() if key not in ("quantization_config", "sparsity_config")}
+
+
+def origin(checkpoint: Checkpoint) -> dict[str, Any]:
+    """A checkpoint as provenance names it: by its name, its files' digests, and the stage that made it if there is one."""
+    try:
+        parent = read_provenance(checkpoint.root)
+    except CheckpointError:  # a file of another tool
+        parent = None
+    keys = ("stage", "identity", "source", "calibration")
+    made_by = None if parent is None else {key: parent.get(key) for key in keys}
+    return {"name": checkpoint.source, "files": checkpoint.files, "made_by": made_by}
 
 
 def digest_of(identity: dict[str, Any]) -> str:
