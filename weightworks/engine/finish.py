@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
 
 import torch
 
 from weightworks.engine.job import Job, digest_of, fallbacks
 from weightworks.errors import VerificationError, WeightworksError
-from weightworks.report.card import model_card
+from weightworks.report.progress import Progress
 from weightworks.store.checkpoint import INDEX, Checkpoint
 from weightworks.store.dense import DenseView
+from weightworks.store.formats import Format
 from weightworks.store.manifest import PROVENANCE
 from weightworks.store.sidecars import copy_sidecars
 from weightworks.store.sources import file_digest
@@ -22,6 +25,37 @@ from weightworks.stream.reload import stock_loader_missing, stock_losses
 from weightworks.stream.skeleton import DenseReader
 
 TOLERANCE = 1e-3  # relative difference of perplexity between the saved folder and memory; float32 gives about 1e-6
+
+
+class Finished(Protocol):
+    """What the end of a stage must know of it, be it a job on one checkpoint or a merge of several.
+
+    ``checkpoint`` is the one whose tokenizer and other small files are carried over.
+    """
+
+    checkpoint: Checkpoint
+    progress: Progress
+
+    @property
+    def format(self) -> Format | None: ...
+
+    def config(self) -> dict[str, Any]:
+        """The output's ``config.json``."""
+
+    def quantization_config(self) -> dict[str, Any]:
+        """Its ``quantization_config``; asked for with a ``format`` only."""
+
+    def origin(self) -> dict[str, Any]:
+        """What it was made from."""
+
+    def account(self) -> dict[str, Any]:
+        """What became of every input tensor."""
+
+    def uncovered(self) -> list[str]:
+        """What was asked for and is not done, a line each."""
+
+    def card(self, provenance: dict[str, Any]) -> str:
+        """The model card."""
 
 
 def copy_rest(job: Job, writer: CheckpointWriter) -> None:
@@ -51,6 +85,15 @@ def finish(
     computed), ``partial`` over the first ``reload_blocks``. Raises :class:`VerificationError` with the staging folder's
     name; the folder is left.
     """
+    files = seal(job, writer)
+    with verification(writer):
+        staged = Checkpoint.open(writer.staging)
+        checks = verify(job, staged, probe, in_memory, reload_blocks)
+    return publish(job, writer, identity, rows, {**facts, "checks": checks}, files)
+
+
+def seal(job: Finished, writer: CheckpointWriter) -> dict[str, str]:
+    """Write what belongs beside the weights and read everything back; returns sha256 by file name."""
     writer.write_index()
     writer.write_text("config.json", json.dumps(job.config(), indent=2) + "\n")
     if job.format is not None and job.format.name.startswith("gptq"):
@@ -58,9 +101,17 @@ def finish(
     copied = copy_sidecars(job.checkpoint.root, writer.staging)
     job.progress.say("verifying: reading everything back", detail=True)
     files = writer.read_back()
+    small = {"config.json", "quantize_config.json", INDEX, *copied}
+    return files | {
+        name: file_digest(writer.staging / name) for name in sorted(small) if (writer.staging / name).is_file()
+    }
+
+
+@contextmanager
+def verification(writer: CheckpointWriter) -> Iterator[None]:
+    """What fails in here is a failed verification: the staging folder is left and named."""
     try:
-        staged = Checkpoint.open(writer.staging)
-        checks = verify(job, staged, probe, in_memory, reload_blocks)
+        yield
     except VerificationError as error:
         error.hint = f"the output is left in {writer.staging} for inspection; nothing was published"
         raise
@@ -68,9 +119,17 @@ def finish(
         raise VerificationError(
             f"the staged output cannot be opened again: {error}", hint=str(writer.staging)
         ) from error
-    small = {"config.json", "quantize_config.json", INDEX, *copied}
-    files |= {name: file_digest(writer.staging / name) for name in sorted(small) if (writer.staging / name).is_file()}
-    degraded = fallbacks(rows) + job.uncovered()
+
+
+def publish(
+    job: Finished,
+    writer: CheckpointWriter,
+    identity: dict[str, Any],
+    rows: list[dict[str, Any]],
+    facts: dict[str, Any],
+    files: dict[str, str],
+) -> dict[str, Any]:
+    """Write provenance and model card, and let the folder appear under its name; returns the provenance."""
     provenance = {
         "stage": digest_of(identity),
         "identity": identity,
@@ -78,12 +137,11 @@ def finish(
         "files": files,
         "tensors": job.account(),
         **facts,
-        "checks": checks,
-        "fallbacks": degraded,
+        "fallbacks": fallbacks(rows) + job.uncovered(),
         "report": rows,
     }
     writer.write_text(PROVENANCE, json.dumps(provenance, indent=1, ensure_ascii=False) + "\n")
-    writer.write_text("README.md", model_card(job.checkpoint, job.target.name, provenance, checks["dequantize"]))
+    writer.write_text("README.md", job.card(provenance))
     writer.commit()
     return provenance
 

@@ -21,6 +21,7 @@ import torch
 
 import weightworks
 from weightworks.errors import CheckpointError, MethodError
+from weightworks.report.card import model_card
 from weightworks.report.progress import Progress
 from weightworks.stage.protocols import Solution, Target
 from weightworks.stage.settings import Settings
@@ -241,6 +242,10 @@ class Job:
     def origin(self) -> dict[str, Any]:
         """What the output was made from, for its provenance."""
         return origin(self.checkpoint)
+
+    def card(self, provenance: dict[str, Any]) -> str:
+        """The model card of the output."""
+        return model_card(self.checkpoint, self.target.name, provenance, provenance["checks"]["dequantize"])
 
     def identity(self, **facts: Any) -> dict[str, Any]:
         """What the output's bytes depend on; two runs of equal identity make equal bytes."""

@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -48,7 +48,8 @@ class CheckpointWriter:
     """Writes the tensors ``specs`` into ``target`` by way of the staging folder ``<target>.partial``.
 
     ``identity`` says what is being made. A staging folder of the same identity is continued (unless ``resume`` is off),
-    one of another identity is refused. ``steps`` holds the facts of every step the journal already has.
+    one of another identity is refused. ``steps`` holds the facts of every step the journal already has. ``side`` are files
+    of tensors that are no weights of the model, by file name; the index does not name them.
     """
 
     def __init__(
@@ -60,14 +61,16 @@ class CheckpointWriter:
         max_shard_bytes: int = 5_000_000_000,
         overwrite: bool = False,
         resume: bool = True,
+        side: Mapping[str, Sequence[TensorSpec]] | None = None,
     ) -> None:
         check_target(target, overwrite=overwrite)
         self.target = target if target.name not in ("", "..") else target.resolve()
         self.staging, self.overwrite = staging_of(self.target), overwrite
         self.shards = plan_shards(specs, max_shard_bytes)
+        self.side = {file: list(members) for file, members in (side or {}).items()}
         self.tensors: dict[str, TensorInfo] = {}
         headers: dict[str, bytes] = {}
-        for shard, members in self.shards.items():
+        for shard, members in self.files.items():
             headers[shard], infos = build_header(members, shard)
             self.tensors.update((info.name, info) for info in infos)
         self.digests: dict[str, str] = {}
@@ -105,7 +108,7 @@ class CheckpointWriter:
             self.steps[record["step"]] = record["facts"]
             self.digests.update(record["tensors"])
         if records:
-            self._files = {shard: os.open(self.staging / shard, os.O_RDWR) for shard in self.shards}
+            self._files = {shard: os.open(self.staging / shard, os.O_RDWR) for shard in self.files}
         else:
             self._discard(everything=not resume)
             try:
@@ -127,7 +130,7 @@ class CheckpointWriter:
 
     def _reserve(self, shard: str, header: bytes) -> None:
         self._files[shard] = descriptor = os.open(self.staging / shard, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
-        size = len(header) + sum(spec.nbytes for spec in self.shards[shard])
+        size = len(header) + sum(spec.nbytes for spec in self.files[shard])
         os.pwrite(descriptor, header, 0)
         try:
             os.posix_fallocate(descriptor, 0, size)
@@ -135,6 +138,11 @@ class CheckpointWriter:
             if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
                 raise
             os.ftruncate(descriptor, size)
+
+    @property
+    def files(self) -> dict[str, list[TensorSpec]]:
+        """The tensors of every file to be written."""
+        return {**self.shards, **self.side}
 
     @property
     def scratch(self) -> Path:
@@ -146,7 +154,7 @@ class CheckpointWriter:
     @property
     def nbytes(self) -> int:
         """Bytes of all weight files, headers included: exact, known before any work."""
-        return sum(_file_bytes(members, shard) for shard, members in self.shards.items())
+        return sum(_file_bytes(members, shard) for shard, members in self.files.items())
 
     def put(self, name: str, tensor: torch.Tensor) -> None:
         """Write one tensor. Its shape and dtype must be the planned ones, its values finite."""
@@ -163,22 +171,39 @@ class CheckpointWriter:
             raise VerificationError(text)
         return info
 
-    def copy_from(self, source: Checkpoint, name: str) -> None:
-        """Copy one tensor byte for byte, a few rows at a time; as in :meth:`put`, planned and finite."""
-        origin = source.info(name)
-        info = self._planned(name, origin.shape, origin.dtype)
-        digest, rows = hashlib.sha256(), origin.shape[0] if origin.shape else 1
-        step = max(1, COPY_BYTES * rows // max(origin.nbytes, 1))
-        offset = info.offset
-        for start in range(0, rows, step):
-            stop = min(start + step, rows)
-            piece = source.read_rows(name, start, stop) if origin.shape else source.read(name)
-            check_finite(name, piece)
+    @contextmanager
+    def filling(
+        self, name: str, shape: tuple[int, ...], dtype: torch.dtype
+    ) -> Iterator[Callable[[torch.Tensor], None]]:
+        """Write one tensor a few rows at a time: the context is a function that takes the next rows.
+
+        As in :meth:`put`, it must be as planned, whole when the context ends, and finite.
+        """
+        info = self._planned(name, shape, dtype)
+        digest, written = hashlib.sha256(), 0
+
+        def append(rows: torch.Tensor) -> None:
+            nonlocal written
+            check_finite(name, rows)
             with writing(self.staging / info.shard):
-                data = write_bytes(self._files[info.shard], offset, piece)
+                data = write_bytes(self._files[info.shard], info.offset + written, rows)
             digest.update(data)
-            offset += data.nbytes
+            written += data.nbytes
+
+        yield append
+        if written != info.nbytes:
+            raise VerificationError(f"tensor '{name}': {written} of {info.nbytes} bytes were written")
         self._fresh[name] = digest.hexdigest()
+
+    def copy_from(self, source: Checkpoint, name: str, *, called: str | None = None) -> None:
+        """Copy one tensor byte for byte, a few rows at a time, under its own name or as ``called``."""
+        origin = source.info(name)
+        rows = origin.shape[0] if origin.shape else 1
+        step = max(1, COPY_BYTES * rows // max(origin.nbytes, 1))
+        with self.filling(called or name, origin.shape, origin.dtype) as append:
+            for start in range(0, rows, step):
+                stop = min(start + step, rows)
+                append(source.read_rows(name, start, stop) if origin.shape else source.read(name))
 
     def read(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
         """Read a tensor back from the staging folder."""
@@ -208,7 +233,7 @@ class CheckpointWriter:
         if missing:
             raise VerificationError(f"{len(missing)} planned tensors were never written: {', '.join(missing[:5])}")
         digests = {}
-        for shard in self.shards:
+        for shard in self.files:
             infos = sorted(
                 (info for info in self.tensors.values() if info.shard == shard), key=lambda info: info.offset
             )
@@ -216,7 +241,7 @@ class CheckpointWriter:
         return digests
 
     def _read_shard(self, shard: str, infos: list[TensorInfo]) -> str:
-        path, header = self.staging / shard, build_header(self.shards[shard], shard)[0]
+        path, header = self.staging / shard, build_header(self.files[shard], shard)[0]
         whole, hint = (
             hashlib.sha256(header),
             "the disk or its cache is faulty; the staging folder is left for inspection",
@@ -251,8 +276,9 @@ class CheckpointWriter:
         """The index of a sharded checkpoint; a single file needs none."""
         if list(self.shards) == [SINGLE]:
             return
-        total = sum(info.nbytes for info in self.tensors.values())
-        weight_map = {name: info.shard for name, info in sorted(self.tensors.items())}
+        weights = {name: info for name, info in sorted(self.tensors.items()) if info.shard in self.shards}
+        total = sum(info.nbytes for info in weights.values())
+        weight_map = {name: info.shard for name, info in weights.items()}
         self.write_text(
             INDEX, json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2) + "\n"
         )
