@@ -16,16 +16,16 @@ from weightworks.stage.catalog import Entry
 HEAD = ("option", "type", "default", "meaning")
 
 
-def tell(name: str | None, *, json: bool) -> None:
-    """All methods, or the one called ``name``. Raises :class:`UsageError` if there is none of that name."""
+def tell(name: str | None, *, json: bool, shelf: str | None = None) -> None:
+    """All methods (of one ``shelf``), or the one called ``name``. Raises :class:`UsageError` if there is none of that name."""
     if name is not None:
         describe(_named(name), json=json)
     elif json:
-        facts = [_facts(entry) for entry in catalog.methods().values()]
+        facts = [_facts(entry) for entry in catalog.methods(shelf).values()]
         refused = [{**_facts(entry), "broken": entry.broken} for entry in catalog.broken()]
         emit({"methods": facts, "broken": refused})
     else:
-        listing([_facts(entry) for entry in catalog.methods().values()])
+        listing([_facts(entry) for entry in catalog.methods(shelf).values()])
 
 
 def listing(rows: list[dict[str, Any]]) -> None:
@@ -114,7 +114,11 @@ def markdown() -> str:
             module = entry.load()
             parts += [f"### {entry.name}", entry.summary, f"Version {module.VERSION}. Source: {module.PAPER}."]
             parts.append(_grid(rows(module.Options)))
-    parts += ["## Options of every run", "Those of `compress quantize`, whatever its method.", _grid(rows(Settings))]
+    parts += [
+        "## Options of every run",
+        "Those of `compress quantize`, whatever its method; merges heed those that are not about calibration.",
+        _grid(rows(Settings)),
+    ]
     return "\n\n".join(parts) + "\n"
 
 

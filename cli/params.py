@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Optional, Union, get_
 
 import typer
 
+from weightworks.errors import UsageError
+
 if TYPE_CHECKING:  # help that lists no options does without pydantic
     from pydantic.fields import FieldInfo
 
@@ -21,6 +23,7 @@ if TYPE_CHECKING:  # help that lists no options does without pydantic
 
 ALIASES = {"num_samples": ["--nsamples"], "output_dir": ["-o"]}
 OPPOSITES = {"sym": "--asym"}
+NUMBERS = list[float]  # typed as one word, commas between
 
 
 def parameters(classes: dict[str, type[Options]], panel: str) -> list[inspect.Parameter]:
@@ -35,9 +38,24 @@ def parameters(classes: dict[str, type[Options]], panel: str) -> list[inspect.Pa
     return [_parameter(name, field, owners, classes, panel) for name, (field, owners) in fields.items()]
 
 
-def given(values: dict[str, Any]) -> dict[str, Any]:
-    """The options that were typed."""
-    return {name: value for name, value in values.items() if value not in (None, [])}
+def given(values: dict[str, Any], options: type[Options] | None = None) -> dict[str, Any]:
+    """The options that were typed; those of ``options`` that are lists of numbers as such."""
+    typed = {name: value for name, value in values.items() if value not in (None, [])}
+    for name, field in (options.model_fields if options else {}).items():
+        if name in typed and _shape(field.annotation)[0] is NUMBERS:
+            typed[name] = numbers(name, typed[name])
+    return typed
+
+
+def numbers(name: str, text: str) -> list[float]:
+    """``0.5,0.3,0.2`` as numbers."""
+    try:
+        return [float(word) for word in text.replace(",", " ").split()]
+    except ValueError:
+        flag = "--" + name.replace("_", "-")
+        raise UsageError(
+            f"{flag} {text}: not numbers with commas between", hint=f"such as {flag} 0.5,0.3,0.2"
+        ) from None
 
 
 def command(
@@ -69,7 +87,7 @@ def _parameter(
         help_ += f" ({'|'.join(choices)})"
     default = field.get_default(call_default_factory=True)
     if default not in (None, []):
-        shown = " ".join(default) if isinstance(default, list) else ("sym" if name == "sym" else str(default))
+        shown = " ".join(map(str, default)) if isinstance(default, list) else ("sym" if name == "sym" else str(default))
         help_ += f"; default: {shown}" if not isinstance(default, bool) or name == "sym" else ""
     if kind is bool:
         if name in OPPOSITES:
@@ -78,8 +96,10 @@ def _parameter(
             flags = [f"{flag}/--no-{name.replace('_', '-')}"] if default else [flag]
     else:
         flags = [*ALIASES.get(name, []), flag]
-    option = typer.Option(*flags, help=help_, rich_help_panel=panel, show_default=False)
-    annotation: Any = Annotated[list[str], option] if kind is list else Annotated[Optional[kind], option]  # noqa: UP045
+    metavar = "X,Y,..." if kind is NUMBERS else None
+    option = typer.Option(*flags, metavar=metavar, help=help_, rich_help_panel=panel, show_default=False)
+    plain = str if kind is NUMBERS else kind
+    annotation: Any = Annotated[list[str], option] if kind is list else Annotated[Optional[plain], option]  # noqa: UP045
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
 
@@ -91,5 +111,5 @@ def _shape(annotation: Any) -> tuple[Any, list[str]]:
     if origin is Literal:
         return type(args[0]), [str(arg) for arg in args]
     if origin is list:
-        return list, []
+        return (list if args == (str,) else NUMBERS), []
     return annotation, []

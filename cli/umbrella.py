@@ -1,4 +1,4 @@
-"""The ``weightworks`` command: ``weightworks compress ...``, for machines that have another ``compress``."""
+"""The ``weightworks`` command: ``compress`` and ``merge`` behind a name that no other package has."""
 
 from __future__ import annotations
 
@@ -17,10 +17,18 @@ def main() -> None:
         from cli.compress_app import main as compress
 
         compress()
+    elif word == "merge":
+        del sys.argv[1]
+        from cli.merge_app import main as merge
+
+        merge()
     elif word == "--version":
         sys.stdout.write(f"weightworks {weightworks.__version__}\n")
     elif word in ("--help", "-h"):
-        show("usage: weightworks compress ...\n\nThe compress command under a name no other package has.")
+        show(
+            "usage: weightworks compress ... | weightworks merge ...\n\n"
+            "The two commands behind a name that no other package has."
+        )
     else:
         show(f"error: unknown command '{word}' ({nearest(word, ['compress'])})")
         raise SystemExit(2)

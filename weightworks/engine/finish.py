@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -12,6 +13,7 @@ import torch
 from weightworks.engine.job import Job, digest_of, fallbacks
 from weightworks.errors import VerificationError, WeightworksError
 from weightworks.report.progress import Progress
+from weightworks.stage.settings import Settings
 from weightworks.store.checkpoint import INDEX, Checkpoint
 from weightworks.store.dense import DenseView
 from weightworks.store.formats import Format
@@ -20,11 +22,27 @@ from weightworks.store.sidecars import copy_sidecars
 from weightworks.store.sources import file_digest
 from weightworks.store.writer import CheckpointWriter
 from weightworks.stream.activations import Activations
-from weightworks.stream.passes import Windows, perplexity, stream_losses
+from weightworks.stream.passes import Windows, perplexity, shell, stream_losses
 from weightworks.stream.reload import stock_loader_missing, stock_losses
-from weightworks.stream.skeleton import DenseReader
+from weightworks.stream.replay import prove
+from weightworks.stream.skeleton import DenseReader, Skeleton
 
+PROOF_TOKENS = 16  # a window long enough for masks and positions to matter
 TOLERANCE = 1e-3  # relative difference of perplexity between the saved folder and memory; float32 gives about 1e-6
+
+
+class Loadable(Protocol):
+    """What loading and scoring a written checkpoint takes; ``skeleton`` is its structure."""
+
+    skeleton: Skeleton
+    returns_tuple: int
+    settings: Settings
+    progress: Progress
+    device: torch.device
+    target: Path
+
+    @property
+    def expected(self) -> set[str]: ...
 
 
 class Finished(Protocol):
@@ -33,8 +51,10 @@ class Finished(Protocol):
     ``checkpoint`` is the one whose tokenizer and other small files are carried over.
     """
 
-    checkpoint: Checkpoint
     progress: Progress
+
+    @property
+    def checkpoint(self) -> Checkpoint: ...
 
     @property
     def format(self) -> Format | None: ...
@@ -147,7 +167,7 @@ def publish(
 
 
 def verify(
-    job: Job, staged: Checkpoint, probe: torch.Tensor, in_memory: dict[str, Any], reload_blocks: int
+    job: Loadable, staged: Checkpoint, probe: torch.Tensor, in_memory: dict[str, Any], reload_blocks: int
 ) -> dict[str, Any]:
     """Account for all tensors, load the folder with stock transformers, compare perplexities; returns what was seen."""
     view, expected = DenseView(staged), job.expected
@@ -190,7 +210,13 @@ def verify(
     return checks
 
 
-def stream_perplexity(job: Job, view: DenseReader, probe: torch.Tensor, blocks: int | None = None) -> float:
+def prove_written(job: Loadable, view: DenseView, probe: torch.Tensor) -> int:
+    """The replay proven on a written checkpoint, which also finds out how its blocks return; see :func:`prove`."""
+    with shell(job.skeleton, view, job.device):
+        return prove(job.skeleton, view, probe[:2, :PROOF_TOKENS].to(job.device))
+
+
+def stream_perplexity(job: Loadable, view: DenseReader, probe: torch.Tensor, blocks: int | None = None) -> float:
     """Perplexity of ``probe`` [n, seq] in float32, one block in memory at a time."""
     hidden = int(job.skeleton.model.config.get_text_config().hidden_size)
     states = Activations((*probe.shape, hidden), torch.float32, job.target, "unused")

@@ -14,6 +14,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -249,8 +250,6 @@ class Job:
 
     def identity(self, **facts: Any) -> dict[str, Any]:
         """What the output's bytes depend on; two runs of equal identity make equal bytes."""
-        from importlib.metadata import version
-
         return {
             "method": self.label,
             "method_version": self.version,
@@ -259,12 +258,7 @@ class Job:
             "input": self.checkpoint.digest,
             "max_shard_size": self.settings.shard_bytes,
             "seed": self.settings.seed,
-            "environment": {
-                **{name: version(name) for name in NUMERIC},
-                "machine": platform.machine(),
-                "threads": torch.get_num_threads(),
-                "device": str(self.device),
-            },
+            "environment": environment(self.device),
             **facts,
         }
 
@@ -283,6 +277,16 @@ def origin(checkpoint: Checkpoint) -> dict[str, Any]:
     keys = ("stage", "identity", "source", "calibration")
     made_by = None if parent is None else {key: parent.get(key) for key in keys}
     return {"name": checkpoint.source, "files": checkpoint.files, "made_by": made_by}
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Versions and hardware that may change a bit of the output."""
+    return {
+        **{name: version(name) for name in NUMERIC},
+        "machine": platform.machine(),
+        "threads": torch.get_num_threads(),
+        "device": str(device),
+    }
 
 
 def digest_of(identity: dict[str, Any]) -> str:

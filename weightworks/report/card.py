@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,20 +61,80 @@ def model_card(source: Checkpoint, name: str, provenance: dict[str, Any], dequan
     rows.append(("format", str(options.get("format"))))
     degraded = provenance["fallbacks"]
     listed = "\n".join(f"- {line}" for line in degraded)
-    return (
-        TEMPLATE.format(
-            front=front_matter(source, bits),
-            name=name,
-            sentence=sentence,
-            facts="\n".join(f"| {key} | {value} |" for key, value in rows),
-            snippet=snippet(name, dequantize),
-            command=command(provenance, source),
-            fallbacks=f"## Fallbacks\n\nOn these tensors the method could not be applied as asked:\n\n{listed}\n"
-            if degraded
-            else "",
-        ).rstrip()
-        + "\n"
+    return _filled(
+        front=front_matter(source, bits),
+        name=name,
+        sentence=sentence,
+        facts="\n".join(f"| {key} | {value} |" for key, value in rows),
+        snippet=snippet(name, dequantize),
+        command=command(provenance, source),
+        fallbacks=f"## Fallbacks\n\nOn these tensors the method could not be applied as asked:\n\n{listed}\n"
+        if degraded
+        else "",
     )
+
+
+def merge_card(models: Sequence[Checkpoint], base: Checkpoint | None, name: str, provenance: dict[str, Any]) -> str:
+    """The card of a merge called ``name``."""
+    method = provenance["identity"]["method"].split(".")[-1]
+    names = [source_name(model) for model in models]
+    sentence = f"{_joined([f'`{one}`' for one in names])} merged by {method}"
+    sentence += f", relative to `{source_name(base)}`." if base is not None else "."
+    size, quality, facts = provenance["size"], provenance.get("quality") or {}, provenance.get("diagnosis") or {}
+    rows = [("weights on disk", f"{size['bytes_out']:,} bytes")]
+    if quality:
+        before = f"{quality['dense']:.3f} for `{source_name(base or models[0])}`, "
+        rows.append(("perplexity on the built-in check text", f"{before}{quality['result']:.3f} merged"))
+    if facts:
+        norms = ", ".join(f"{one} {norm:.4g}" for one, norm in zip(names, facts["delta_norms"], strict=False))
+        rows.append(("norms of the task vectors", norms))
+        rows.append(("elements on which models disagree in sign", f"{facts['sign_conflicts']:.1%}"))
+    rows.append(("checked with", provenance["checks"]["loader"]))
+    lines = ["base_model:", *(f"- {one}" for one in dict.fromkeys([*([source_name(base)] if base else []), *names]))]
+    lines += ["library_name: transformers", "tags:", "- weightworks", "- merge"]
+    if license_ := source_license((base or models[0]).root):
+        lines.append(f"license: {license_}")
+    degraded = provenance["fallbacks"]
+    listed = "\n".join(f"- {line}" for line in degraded)
+    return _filled(
+        front="\n".join(lines),
+        name=name,
+        sentence=sentence,
+        facts="\n".join(f"| {key} | {value} |" for key, value in rows),
+        snippet=snippet(name, False),
+        command=merge_command(provenance, names, None if base is None else source_name(base)),
+        fallbacks=f"## Not as it seems\n\n{listed}\n" if degraded else "",
+    )
+
+
+def merge_command(provenance: dict[str, Any], names: Sequence[str], base: str | None) -> str:
+    """The command line that makes the merge again, every option spelled out."""
+    identity = provenance["identity"]
+    method = identity["method"].split(".")[-1].replace("_", "-")
+    words = [f"merge {method}", *map(shlex.quote, names), *([f"--base {shlex.quote(base)}"] if base else [])]
+    return " ".join([*words, *flags({**identity["options"], "seed": identity["seed"]})])
+
+
+def flags(values: Mapping[str, Any]) -> Iterator[str]:
+    """Options as they are typed."""
+    for key, value in values.items():
+        flag = "--" + key.replace("_", "-")
+        if isinstance(value, bool):
+            yield flag if value else "--asym" if key == "sym" else "--no-" + flag[2:]
+        elif isinstance(value, list) and all(isinstance(item, int | float) for item in value):
+            yield from [f"{flag} {','.join(map(str, value))}"] if value else []
+        elif isinstance(value, list):
+            yield from (f"{flag} {shlex.quote(item)}" for item in value)
+        elif value is not None:
+            yield f"{flag} {shlex.quote(str(value))}"
+
+
+def _joined(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+def _filled(**values: str) -> str:
+    return TEMPLATE.format(**values).rstrip() + "\n"
 
 
 def source_name(source: Checkpoint) -> str:
@@ -122,12 +183,4 @@ def command(provenance: dict[str, Any], source: Checkpoint) -> str:
         "seq_len": data.get("seq_len"),
         "dtype": data.get("dtype"),
     }
-    for key, value in {**identity["options"], **asked, "seed": identity["seed"]}.items():
-        flag = "--" + key.replace("_", "-")
-        if isinstance(value, bool):
-            words.append(flag if value else "--asym" if key == "sym" else "--no-" + flag[2:])
-        elif isinstance(value, list):
-            words += [f"{flag} {shlex.quote(item)}" for item in value]
-        elif value is not None:
-            words.append(f"{flag} {shlex.quote(str(value))}")
-    return " ".join(words)
+    return " ".join([*words, *flags({**identity["options"], **asked, "seed": identity["seed"]})])

@@ -43,7 +43,7 @@ SCALARS = (bool, int, float, str)
 # holds this against the commands and the settings of a run.
 RESERVED = """
 model models method output_dir dry_run json quiet verbose help version dataset num_samples seq_len seed device dtype
-max_memory max_shard_size overwrite resume strict trust_remote_code allow_pickle
+max_memory max_shard_size overwrite resume strict trust_remote_code allow_pickle base continue_from
 """.split()  # noqa: SIM905 (a list of twenty strings is harder to read)
 _importing = threading.RLock()  # stdout, which is turned away meanwhile, is the whole process's
 
@@ -252,7 +252,7 @@ def fault(module: Any, kind: str) -> str | None:
         if not _typed(field.annotation):
             plain = isinstance(field.annotation, type) and not get_args(field.annotation)
             shown = field.annotation.__name__ if plain else str(field.annotation)
-            allowed = "bool, int, float, str, a Literal of them, list[str], or one of these | None"
+            allowed = "bool, int, float, str, a Literal of them, list[str], list[float], or one of these | None"
             return f"option '{name}' has type {shown}; allowed: {allowed}"
     options.model_json_schema()  # its page, and its defaults: an error here is the reason
     if not any(field.is_required() for field in options.model_fields.values()):
@@ -267,7 +267,7 @@ def _typed(annotation: Any) -> bool:
         return _typed(next(arg for arg in args if arg is not type(None)))
     if origin is Literal:
         return type(args[0]) in SCALARS
-    return annotation in SCALARS or (origin is list and args == (str,))
+    return annotation in SCALARS or (origin is list and args in ((str,), (float,)))
 
 
 def _said(error: BaseException, module: str = "") -> str:

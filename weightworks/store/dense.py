@@ -10,7 +10,7 @@ import torch
 from weightworks.store.checkpoint import Checkpoint
 from weightworks.store.formats import Format, packed_scheme
 from weightworks.store.packing import IntScheme
-from weightworks.store.tensorfile import TensorInfo
+from weightworks.store.tensorfile import TensorInfo, TensorSpec
 
 
 class DenseView:
@@ -60,6 +60,29 @@ class DenseView:
         if self.format is not None and "weight_shape" in self.format.suffixes:
             return tuple(int(n) for n in self.checkpoint.read(f"{base}.weight_shape"))
         return info(f"{base}.qweight").shape[1], info(f"{base}.g_idx").shape[0]
+
+    @cached_property
+    def dtype(self) -> torch.dtype:
+        """The dtype that the packed weights had: that of most of the bytes that are not packed."""
+        amounts: dict[torch.dtype, int] = {}
+        for name in self.names:
+            if not self.is_packed(name) and (info := self.checkpoint.info(name)).dtype.is_floating_point:
+                amounts[info.dtype] = amounts.get(info.dtype, 0) + info.nbytes
+        return max(amounts, key=lambda dtype: amounts[dtype], default=torch.float32)
+
+    @cached_property
+    def specs(self) -> list[TensorSpec]:
+        """The dense tensors, a packed one as it was before: [out, in] in ``dtype``."""
+        return [
+            TensorSpec(name, self.shape(name), self.dtype if self.is_packed(name) else self.checkpoint.info(name).dtype)
+            for name in self.names
+        ]
+
+    def read_rows(self, name: str, start: int, stop: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """Rows ``start:stop`` of the dense tensor; a packed weight is decoded whole for it."""
+        if not self.is_packed(name):
+            return self.checkpoint.read_rows(name, start, stop, dtype)
+        return self.read(name, dtype)[start:stop]
 
     def read(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
         """The dense tensor; a packed weight is decoded to [out, in] in float32."""

@@ -211,6 +211,18 @@ class CheckpointWriter:
         tensor = read_bytes(self.staging / info.shard, info.offset, torch.empty(info.shape, dtype=info.dtype))
         return tensor if dtype is None else tensor.to(dtype)
 
+    def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Rows ``start:stop`` of a tensor that was written."""
+        info = self.tensors[name]
+        shape = info.shape or (1,)
+        row = info.nbytes // max(shape[0], 1)
+        empty = torch.empty((stop - start, *shape[1:]), dtype=info.dtype)
+        return read_bytes(self.staging / info.shard, info.offset + start * row, empty)
+
+    def holds(self, name: str) -> bool:
+        """Whether a tensor was written, by this run or the one it continues."""
+        return name in self._fresh or name in self.digests
+
     def done(self, step: str, facts: Mapping[str, Any] | None = None) -> None:
         """Make everything put since the last call durable, and say so in the journal under the name ``step``."""
         with writing(self.staging):

@@ -1,0 +1,344 @@
+"""A merge about to run: its inputs, what every tensor of the output is made of, and the exact layout of the output.
+
+Everything that can be refused is refused here, from headers alone, all offending tensors at once. No model is built.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+import weightworks
+from weightworks.engine.job import dense_config, environment, origin
+from weightworks.errors import MethodError, UsageError, WeightworksError
+from weightworks.report.card import merge_card
+from weightworks.report.progress import Progress
+from weightworks.stage.settings import Settings
+from weightworks.store.checkpoint import Checkpoint
+from weightworks.store.dense import DenseView
+from weightworks.store.formats import Format
+from weightworks.store.tensorfile import TensorSpec
+from weightworks.store.writer import planned_bytes
+
+STATE_FILE = "merge_state.safetensors"
+STATE_PREFIX = "state."
+COSMETIC = {  # entries of a configuration that say nothing of what the weights mean
+    "_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache", "bos_token_id",
+    "eos_token_id", "pad_token_id", "vocab_size", "tie_word_embeddings", "quantization_config", "max_position_embeddings",
+}  # fmt: skip
+
+
+class Reader(Protocol):
+    """Where the tensors of an input come from: a checkpoint, or a view of one."""
+
+    @property
+    def specs(self) -> list[TensorSpec]: ...
+
+    def read(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor: ...
+
+    def read_rows(self, name: str, start: int, stop: int, dtype: torch.dtype | None = None) -> torch.Tensor: ...
+
+
+@dataclass(frozen=True)
+class Input:
+    """A model that goes into a merge: the checkpoint, and the reader that gives its dense tensors."""
+
+    checkpoint: Checkpoint
+    reader: Reader
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint) -> Input:
+        """``checkpoint`` as an input; a packed one is decoded when read."""
+        view = DenseView(checkpoint)
+        return cls(checkpoint, checkpoint if view.format is None else view)
+
+    @property
+    def name(self) -> str:
+        return self.checkpoint.source
+
+    @cached_property
+    def tensors(self) -> dict[str, TensorSpec]:
+        return {spec.name: spec for spec in self.reader.specs}
+
+
+@dataclass(frozen=True)
+class Part:
+    """A tensor of the output. ``models`` are (number of the input, its tensor) in argument order, ``base`` the base's tensor.
+
+    ``method`` makes it; None: it is copied from the base, or the first of ``models``, byte for byte.
+    """
+
+    spec: TensorSpec
+    models: tuple[tuple[int, str], ...]
+    base: str | None
+    method: Any | None
+
+
+@dataclass
+class MergeJob:
+    """A merge planned but not run. ``label`` is ``merge.ties``; ``earlier`` is a finished merge that is to be continued."""
+
+    label: str
+    version: int
+    method: Any
+    settings: Settings
+    models: Sequence[Input]
+    base: Input | None
+    target: Path
+    progress: Progress
+    device: torch.device
+    earlier: Checkpoint | None = None
+    parts: list[Part] = field(init=False, default_factory=list)
+    left_out: dict[str, str] = field(init=False, default_factory=dict)  # input tensors that go nowhere, and why
+    skeleton: Any = field(init=False, default=None)  # of the written output, once it is there
+    returns_tuple: int = field(init=False, default=0)
+
+    def __post_init__(self) -> None:
+        self._check_inputs()
+        self._plan()
+
+    @property
+    def options(self) -> Any:
+        return self.method.options
+
+    @property
+    def reference(self) -> Input:
+        """The input whose names, shapes, dtypes and small files the output has: the base, or else the first model."""
+        return self.base or self.models[0]
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        return self.reference.checkpoint
+
+    @property
+    def inputs(self) -> list[Input]:
+        """All inputs, the base first."""
+        return [*([self.base] if self.base else []), *self.models]
+
+    def _check_inputs(self) -> None:
+        """As many models as the method takes, a base where it needs one, all of one architecture."""
+        method, count, problems = self.method, len(self.models), self.options.lengths(len(self.models))
+        most = method.MOST
+        if count < method.LEAST or (most is not None and count > most):
+            wanted = f"exactly {most}" if most == method.LEAST else f"at least {method.LEAST}"
+            wanted += f" and at most {most}" if most not in (None, method.LEAST) else ""
+            problems.append(f"takes {wanted} models, {count} given")
+        if method.BASE == "required" and self.base is None:
+            problems.append("needs a base: --base MODEL, the checkpoint the models were fine-tuned from")
+        if method.BASE == "refused" and self.base is not None:
+            problems.append("takes no base")
+        if self.options.on_missing == "base" and self.base is None:
+            problems.append("on-missing base needs a base")
+        if self.earlier is not None and not getattr(method, "CONTINUES", False):
+            problems.append("cannot be continued; opcm can")
+        if problems:
+            name = self.label.partition(".")[2]
+            raise UsageError("; ".join(f"{self.label} {text}" for text in problems), hint=f"see: merge {name} --help")
+        kinds = {item.name: item.checkpoint.config.get("model_type") for item in self.inputs}
+        if len(set(kinds.values())) > 1:
+            raise MethodError(
+                "models of different architectures cannot be merged: "
+                + ", ".join(f"{name} is {kind}" for name, kind in kinds.items()),
+                hint="merge fine-tunes of one base, or at least models of one architecture and shape",
+            )
+
+    @cached_property
+    def config_differences(self) -> list[str]:
+        """Entries of ``config.json`` in which an input differs from the reference although weights depend on them."""
+        known, name = self.reference.checkpoint.config, self.reference.name
+        return [
+            f"{item.name}: {key} is {item.checkpoint.config.get(key)!r}, in {name} {known.get(key)!r}"
+            for item in self.inputs
+            for key in sorted({*known, *item.checkpoint.config} - COSMETIC)
+            if known.get(key) != item.checkpoint.config.get(key)
+        ]
+
+    def _plan(self) -> None:
+        """What every tensor of the output is made of; all that does not fit is told at once."""
+        problems: list[str] = []
+        for name, spec in sorted(self.reference.tensors.items()):
+            part = self._part(name, spec, problems)
+            if part is not None:
+                self.parts.append(part)
+        problems += self._extra()
+        if problems:
+            shown = "\n".join(f"  {text}" for text in problems[:40])
+            more = f"\n  and {len(problems) - 40} more" if len(problems) > 40 else ""
+            raise MethodError(
+                f"{self.label} cannot merge these models: {len(problems)} tensors do not fit:\n{shown}{more}",
+                hint="merge models of one shape; for tensors that some lack, --on-missing base or skip-model",
+            )
+
+    def _part(self, name: str, spec: TensorSpec, problems: list[str]) -> Part | None:
+        having = [number for number, item in enumerate(self.models) if name in item.tensors]
+        lacking = [item.name for number, item in enumerate(self.models) if number not in having]
+        policy = self.options.on_missing
+        if lacking and policy == "error":
+            problems.append(f"{name}: not in {', '.join(lacking)}")
+            return None
+        for number in having:
+            seen = self.models[number].tensors[name].shape
+            if seen != spec.shape:
+                item = self.models[number].name
+                problems.append(f"{name}: {list(seen)} in {item}, {list(spec.shape)} in {self.reference.name}")
+        models = tuple((number, name) for number in having)
+        base = None if self.base is None else name
+        if not spec.dtype.is_floating_point:
+            return Part(spec, models, base, None)
+        if lacking and policy == "base":
+            return Part(
+                self._stored(spec), tuple((number, name) for number in range(len(self.models))), base, self.method
+            )
+        if not having:
+            return Part(spec, (), base, None)
+        method = self.method
+        if lacking:
+            method = type(self.method)(self.options.only(having, len(self.models)))
+        return Part(self._stored(spec), models, base, method)
+
+    def _extra(self) -> Iterator[str]:
+        """Tensors that the reference lacks: the output's architecture has no place for them."""
+        for item in self.models:
+            for name in sorted(set(item.tensors) - set(self.reference.tensors)):
+                if self.options.on_missing == "error":
+                    yield f"{name}: in {item.name}, not in {self.reference.name}"
+                else:
+                    self.left_out[f"{item.name}: {name}"] = f"{self.reference.name} has no such tensor"
+
+    def _stored(self, spec: TensorSpec) -> TensorSpec:
+        wanted = self.options.out_dtype
+        return spec if wanted == "same" else TensorSpec(spec.name, spec.shape, getattr(torch, wanted))
+
+    @property
+    def specs(self) -> list[TensorSpec]:
+        """Every tensor of the output, in order of names."""
+        return [part.spec for part in self.parts]
+
+    @property
+    def merged(self) -> list[Part]:
+        """The parts that a method makes."""
+        return [part for part in self.parts if part.method is not None]
+
+    @property
+    def side(self) -> dict[str, list[TensorSpec]]:
+        """Files beside the weights: what a method keeps of every tensor so that the merge can be continued."""
+        if not getattr(self.method, "STATE", False):
+            return {}
+        return {
+            STATE_FILE: [
+                TensorSpec(STATE_PREFIX + part.spec.name, part.spec.shape, torch.float32) for part in self.merged
+            ]
+        }
+
+    @property
+    def output_bytes(self) -> int:
+        """Bytes of the weight files and of the state: exact."""
+        side = sum(planned_bytes(members, 1 << 62) for members in self.side.values())
+        return planned_bytes(self.specs, self.settings.shard_bytes) + side
+
+    def read(self, item: Input, name: str, start: int, stop: int) -> torch.Tensor:
+        """Rows of an input's tensor in float32 [rows, ...], checked for NaN and infinity."""
+        spec = item.tensors[name]
+        if spec.shape:
+            rows = item.reader.read_rows(name, start, stop, torch.float32)
+        else:
+            rows = item.reader.read(name, torch.float32).reshape(1)
+        if not torch.isfinite(rows.sum()) and not torch.isfinite(rows).all():
+            bad = int((~torch.isfinite(rows)).sum())
+            raise MethodError(
+                f"tensor '{name}' of {item.name} holds {bad} NaN or infinite values",
+                hint="repair or leave out this model",
+            )
+        return rows.to(self.device)
+
+    # What the end of a stage asks.
+
+    format: Format | None = None
+
+    @property
+    def expected(self) -> set[str]:
+        """Names of all tensors of the output."""
+        return {part.spec.name for part in self.parts}
+
+    def quantization_config(self) -> dict[str, Any]:
+        raise NotImplementedError("a merge writes dense weights")
+
+    def config(self) -> dict[str, Any]:
+        """The reference's configuration, with the dtype of the result."""
+        config = dense_config(self.checkpoint.config)
+        if self.options.out_dtype != "same":
+            key = "torch_dtype" if "torch_dtype" in config else "dtype"
+            config[key] = self.options.out_dtype
+        return config
+
+    def origin(self) -> dict[str, Any]:
+        """The inputs, each as it was made."""
+        return {
+            "models": [origin(item.checkpoint) for item in self.models],
+            "base": None if self.base is None else origin(self.base.checkpoint),
+            **({} if self.earlier is None else {"earlier": origin(self.earlier)}),
+        }
+
+    def account(self) -> dict[str, Any]:
+        """What became of the tensors of all inputs."""
+        return {
+            "input": len(self.reference.tensors),
+            "inputs": {item.name: len(item.tensors) for item in self.inputs},
+            "transformed": len(self.merged),
+            "copied": len(self.parts) - len(self.merged),
+            "dropped": len(self.left_out),
+            "left_out": dict(self.left_out),
+        }
+
+    def uncovered(self) -> list[str]:
+        """Tensors that not all models have, and configurations that differ: a merge all the same, but not as it seems."""
+        lines = [f"{name}: left out, {reason}" for name, reason in self.left_out.items()]
+        for part in self.merged:
+            lacking = [item.name for item in self.models if part.spec.name not in item.tensors]
+            if lacking:
+                what = "the base stands for" if self.options.on_missing == "base" else "merged without"
+                lines.append(f"{part.spec.name}: {what} {', '.join(lacking)}")
+        return lines + [f"configurations differ: {text}" for text in self.config_differences]
+
+    def card(self, provenance: dict[str, Any]) -> str:
+        """The model card of the output."""
+        base = None if self.base is None else self.base.checkpoint
+        return merge_card([item.checkpoint for item in self.models], base, self.target.name, provenance)
+
+    def identity(self, **facts: Any) -> dict[str, Any]:
+        """What the output's bytes depend on; two runs of equal identity make equal bytes."""
+        return {
+            "method": self.label,
+            "method_version": self.version,
+            "weightworks": weightworks.__version__,
+            "options": {name: value for name, value in self.options.resolved().items() if name != "check"},
+            "input": {
+                "models": [item.checkpoint.digest for item in self.models],
+                "base": None if self.base is None else self.base.checkpoint.digest,
+                **({} if self.earlier is None else {"earlier": self.earlier.digest}),
+            },
+            "max_shard_size": self.settings.shard_bytes,
+            "seed": self.settings.seed,
+            "environment": environment(self.device),
+            **facts,
+        }
+
+
+def open_inputs(names: Sequence[str], *, allow_pickle: bool) -> list[Input]:
+    """The checkpoints ``names``, opened by headers; all that cannot be opened are told of at once."""
+    found, problems = [], []
+    for name in names:
+        try:
+            found.append(Input.of(Checkpoint.open(name, allow_pickle=allow_pickle)))
+        except WeightworksError as error:
+            problems.append(error)
+    if len(problems) == 1:
+        raise problems[0]
+    if problems:
+        raise type(problems[0])("; ".join(str(error) for error in problems), hint=problems[0].hint)
+    return found

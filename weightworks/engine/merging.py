@@ -1,0 +1,243 @@
+"""The loop of merges: surveys first, then tensor by tensor in order of names, some rows of every model at a time.
+
+No model is ever in memory. How many rows are held depends on shapes and the number of inputs alone, so that the bytes of
+the output do not depend on the machine; sums are taken in order of names and rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+
+from weightworks.engine.diagnosis import Diagnosis
+from weightworks.engine.mergejob import STATE_FILE, STATE_PREFIX, MergeJob, Part
+from weightworks.errors import MethodError, VerificationError
+from weightworks.stage.merging import STATE, Slab, Survey
+from weightworks.store.checkpoint import Checkpoint
+from weightworks.store.tensorfile import TensorInfo, read_bytes, read_header
+from weightworks.store.writer import CheckpointWriter
+
+JOURNAL_BYTES = 256 << 20  # of output between two journal entries: little is lost, the disk is not kept waiting
+SLAB = 1 << 22  # elements of a slab: large enough for full speed, small beside a block
+HELD = 1 << 26  # elements of all inputs' slabs together
+NOTED = 1 << 12  # numbers that sums may have to be journalled before a survey is over
+
+
+def slab_rows(shape: tuple[int, ...], inputs: int) -> int:
+    """How many rows of a tensor of ``shape`` are held of each of ``inputs`` models at a time."""
+    row = 1
+    for length in shape[1:]:
+        row *= length
+    return max(1, min(SLAB, HELD // (inputs + 2)) // max(row, 1))
+
+
+class Merging:
+    """A merge on its way."""
+
+    def __init__(self, job: MergeJob, writer: CheckpointWriter, diagnosis: Diagnosis) -> None:
+        self.job, self.writer, self.diagnosis = job, writer, diagnosis
+        self.keys = tuple(item.checkpoint.digest for item in job.models)
+        self.earlier: Mapping[str, TensorInfo] = {}
+        if job.earlier is not None:
+            self.earlier = earlier_state(job.earlier)
+        self.merged = job.merged
+
+    @torch.no_grad()
+    def run(self) -> list[dict[str, Any]]:
+        """Survey, merge and write all parts; returns the report's rows. What the journal has is not done again."""
+        job, writer = self.job, self.writer
+        found = {id(method): self._survey(number, method) for number, method in enumerate(self._methods())}
+        finished = {row["tensor"] for facts in writer.steps.values() for row in facts.get("rows", [])}
+        names = [part.spec.name for part in job.parts]
+        if finished:
+            job.progress.say(f"resuming after {len(finished)} of {len(names)} tensors")
+        job.progress.begin("tensor", len(names), len(finished), every=5.0)
+        rows: list[dict[str, Any]] = []
+        held = 0
+        for part in job.parts:
+            if part.spec.name in finished:
+                continue
+            if part.method is None:
+                self._copy(part)
+                rows.append({"tensor": part.spec.name, "method": "copied"})
+            else:
+                self._merge(part, found[id(part.method)])
+                rows.append(self._row(part))
+            held += part.spec.nbytes
+            if held > JOURNAL_BYTES:
+                writer.done(f"tensors to {part.spec.name}", {"rows": rows})
+                rows, held = [], 0
+            job.progress.step(part.spec.name)
+        if rows or not finished:
+            writer.done("last tensors", {"rows": rows})
+        job.progress.end()
+        self.found = found.get(id(job.method))
+        rows = [row for facts in writer.steps.values() for row in facts.get("rows", [])]
+        return [row for row in rows if row["method"] != "copied"]
+
+    def _methods(self) -> list[Any]:
+        """The method of each part, each once: parts that some models lack have one of their own."""
+        return list({id(part.method): part.method for part in self.merged}.values())
+
+    # Surveys.
+
+    def _survey(self, number: int, method: Any) -> Any:
+        """What the whole-model surveys of ``method`` conclude."""
+        found = self._earlier_found() if number == 0 else None
+        for place, survey in enumerate(surveys_of(method, "model")):
+            step = f"survey {number}.{place}"
+            if step not in self.writer.steps:
+                self.job.progress.say(f"survey {place + 1}", detail=True)
+                sums = self._sums(step, method, survey, found)
+                self.writer.done(step, {"found": survey.conclude(sums, found)})
+            found = self.writer.steps[step]["found"]
+        return found
+
+    def _sums(self, step: str, method: Any, survey: Survey, found: Any) -> dict[str, torch.Tensor]:
+        """The figures of a survey added up over all tensors; short ones are journalled on the way."""
+        parts = [part for part in self.merged if part.method is method]
+        done: set[str] = set()
+        sums: dict[str, torch.Tensor] = {}
+        for name, facts in self.writer.steps.items():
+            if name.startswith(f"{step} to "):
+                sums = {key: torch.tensor(value, dtype=getattr(torch, dtype)) for key, dtype, value in facts["sums"]}
+                done.update(facts["tensors"])
+        if done:
+            self.job.progress.say(f"resuming {step} after {len(done)} of {len(parts)} tensors")
+        held, fresh = 0, []
+        self.job.progress.begin(step, len(parts), len(done), every=5.0)
+        for part in parts:
+            if part.spec.name in done:
+                continue
+            self._look(part, survey, found, sums)
+            fresh.append(part.spec.name)
+            held += part.spec.nbytes * (len(part.models) + 1)
+            if held > JOURNAL_BYTES and sum(value.numel() for value in sums.values()) <= NOTED:
+                noted = [[key, str(value.dtype).removeprefix("torch."), value.tolist()] for key, value in sums.items()]
+                self.writer.done(f"{step} to {part.spec.name}", {"sums": noted, "tensors": fresh})
+                held, fresh = 0, []
+            self.job.progress.step(part.spec.name)
+        self.job.progress.end()
+        return sums
+
+    def _look(self, part: Part, survey: Survey, found: Any, sums: dict[str, torch.Tensor]) -> None:
+        """Add the figures of one tensor to ``sums``; what is to be kept of it goes to the state."""
+        for slab in self._slabs(part, whole=survey.whole):
+            figures = dict(survey.look(slab, found))
+            if (state := figures.pop(STATE, None)) is not None:
+                self.writer.put(STATE_PREFIX + part.spec.name, state.float().cpu().reshape(part.spec.shape))
+            for key, value in figures.items():
+                sums[key] = sums[key] + value.cpu() if key in sums else value.cpu()
+
+    def _earlier_found(self) -> Any:
+        """What the merge that is continued had concluded."""
+        if self.job.earlier is None:
+            return None
+        from weightworks.store.manifest import read_provenance
+
+        provenance = read_provenance(self.job.earlier.root) or {}
+        return provenance.get("merge", {}).get("found")
+
+    # Tensors.
+
+    def _merge(self, part: Part, found: Any) -> None:
+        for survey in surveys_of(part.method, "tensor"):
+            sums: dict[str, torch.Tensor] = {}
+            self._look(part, survey, found, sums)
+            found = survey.conclude(sums, found)
+        shape, dtype = part.spec.shape, part.spec.dtype
+        with self.writer.filling(part.spec.name, shape, dtype) as append:
+            for slab in self._slabs(part, whole=getattr(part.method, "WHOLE", False)):
+                expected = slab.models[0].shape
+                result = part.method.merge(slab, found)  # type: ignore[union-attr]
+                if result.shape != expected:
+                    raise VerificationError(
+                        f"{self.job.label} made {list(result.shape)} of '{slab.name}', expected {list(expected)}"
+                    )
+                stored = result.to(dtype)
+                if dtype == torch.float16 and not torch.isfinite(stored).all() and torch.isfinite(result).all():
+                    raise MethodError(
+                        f"tensor '{slab.name}' has values beyond float16's 65504", hint="pass --out-dtype bfloat16"
+                    )
+                append(stored.cpu().contiguous().reshape(shape) if not shape else stored.cpu().contiguous())
+
+    def _copy(self, part: Part) -> None:
+        """Copy a tensor that cannot be averaged; models that disagree on it are refused."""
+        job = self.job
+        item = job.reference
+        for number, name in part.models:
+            other = job.models[number]
+            if other is not item and not torch.equal(other.reader.read(name), item.reader.read(part.spec.name)):
+                raise MethodError(
+                    f"tensor '{name}' is {part.spec.dtype} and differs between {item.name} and {other.name}: "
+                    "it cannot be merged",
+                    hint="merge models that agree on it",
+                )
+        self.writer.copy_from(item.checkpoint, part.spec.name)
+
+    def _slabs(self, part: Part, *, whole: bool) -> Iterator[Slab]:
+        """The slabs of one tensor, in order of rows."""
+        job, name = self.job, part.spec.name
+        shape = part.spec.shape or (1,)
+        step = shape[0] if whole else slab_rows(shape, len(part.models))
+        for start in range(0, shape[0], max(step, 1)):
+            stop = min(start + step, shape[0])
+            base = None if job.base is None or part.base is None else job.read(job.base, part.base, start, stop)
+            models = tuple(self._rows(number, tensor, base, start, stop) for number, tensor in part.models)
+            keys = tuple(self.keys[number] for number, _ in part.models)
+            yield Slab(name, shape, start, models, base, keys, job.settings.seed, self._state(part, start, stop))
+
+    def _rows(self, number: int, tensor: str, base: torch.Tensor | None, start: int, stop: int) -> torch.Tensor:
+        """Rows of a model; where it lacks the tensor, the base stands for it."""
+        item = self.job.models[number]
+        if tensor in item.tensors or base is None:
+            return self.job.read(item, tensor, start, stop)
+        return base.clone()
+
+    def _state(self, part: Part, start: int, stop: int) -> torch.Tensor | None:
+        """What was kept of a tensor: by this run if it did already, else by the merge that is continued."""
+        name = STATE_PREFIX + part.spec.name
+        if self.writer.holds(name):
+            return self.writer.read_rows(name, start, stop).to(self.job.device)
+        info = self.earlier.get(name)
+        if info is None or self.job.earlier is None:
+            return None
+        return rows_of(self.job.earlier, info, start, stop).to(self.job.device)
+
+    def _row(self, part: Part) -> dict[str, Any]:
+        """The report's line on one tensor."""
+        before = self.job.reference.tensors.get(part.spec.name, part.spec)
+        return {
+            "tensor": part.spec.name,
+            "shape": list(part.spec.shape),
+            "method": self.job.label,
+            "bytes_in": before.nbytes,
+            "bytes_out": part.spec.nbytes,
+            **self.diagnosis.of(part.spec.name),
+        }
+
+
+def surveys_of(method: Any, scope: str) -> list[Survey]:
+    """The surveys of a method that have ``scope``."""
+    return [survey for survey in (method.surveys() if hasattr(method, "surveys") else ()) if survey.scope == scope]
+
+
+def earlier_state(checkpoint: Checkpoint) -> dict[str, TensorInfo]:
+    """The state that an earlier merge left beside its weights."""
+    path = checkpoint.root / STATE_FILE
+    if not path.is_file():
+        raise MethodError(
+            f"{checkpoint.root}: no {STATE_FILE}: this is no merge that can be continued",
+            hint="give the output folder of merge opcm, with all its files",
+        )
+    return read_header(path)
+
+
+def rows_of(checkpoint: Checkpoint, info: TensorInfo, start: int, stop: int) -> torch.Tensor:
+    """Rows of a tensor of a side file of ``checkpoint``."""
+    shape = info.shape or (1,)
+    row = info.nbytes // max(shape[0], 1)
+    empty = torch.empty((stop - start, *shape[1:]), dtype=info.dtype)
+    return read_bytes(checkpoint.root / info.shard, info.offset + start * row, empty)

@@ -1,0 +1,236 @@
+"""A merge from request to published folder."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from weightworks.engine.diagnosis import Diagnosis, diagnose
+from weightworks.engine.estimate import BYTES_A_SECOND, RUNTIME_BYTES, Estimate, refuse
+from weightworks.engine.finish import prove_written, publish, seal, stream_perplexity, verification, verify
+from weightworks.engine.machine import free_memory, pick_device, resident
+from weightworks.engine.mergejob import Input, MergeJob, open_inputs
+from weightworks.engine.merging import Merging, slab_rows
+from weightworks.errors import OutputError, ResourceError, WeightworksError
+from weightworks.plan.stage import Outcome, check_windows, finished, log_path, stored_dtype
+from weightworks.report.progress import Progress
+from weightworks.stage import catalog
+from weightworks.stage.settings import Settings
+from weightworks.store.checkpoint import Checkpoint
+from weightworks.store.dense import DenseView
+from weightworks.store.manifest import read_provenance
+from weightworks.store.writer import CheckpointWriter, check_target
+from weightworks.stream.memory import ran_out
+from weightworks.stream.skeleton import build
+
+CHECK_FLOPS = 2e11  # arithmetic that scoring the result may take: a second or two
+LOADED = 1 << 28  # parameters up to which the check loads the whole result, beyond that its first block
+
+
+def run_merge(
+    name: str,
+    models: Sequence[str],
+    options: dict[str, Any],
+    settings: Settings,
+    *,
+    base: str | None = None,
+    earlier: str | None = None,
+    output_dir: Path | None = None,
+    dry_run: bool = False,
+    progress: Progress | None = None,
+    announce: Callable[[dict[str, Any]], None] = lambda resolved: None,
+    called: Mapping[str, str] | None = None,
+) -> Outcome:
+    """Merge ``models`` with the method ``merge.name``. ``announce`` is given the configuration as it will run.
+
+    ``earlier`` is a finished merge to be continued. ``called`` is what provenance and card call inputs, by path.
+    """
+    started = time.monotonic()
+    progress = progress or Progress(quiet=True)
+    entry = catalog.find("merge", name)
+    module = entry.load()
+    method = module.Method(module.Options.parse(options, where=entry.label))
+    opened = open_inputs([*models, *([base] if base else [])], allow_pickle=settings.allow_pickle)
+    opened = [_named(item, called) for item in opened]
+    inputs, origin = (opened[:-1], opened[-1]) if base else (opened, None)
+    before = None if earlier is None else Checkpoint.open(earlier, allow_pickle=settings.allow_pickle)
+    target = (output_dir or default_target(inputs, origin, name)).absolute()
+    for item in opened:
+        root = item.checkpoint.root.resolve()
+        if target.resolve() in (root, *root.parents):
+            raise OutputError(
+                f"{target}: is an input, or holds one; it would be replaced", hint="choose another --output-dir"
+            )
+    if target.exists() and (not target.is_dir() or read_provenance(target) is None):
+        check_target(target, overwrite=settings.overwrite)
+    device = pick_device(settings.device)
+    job = MergeJob(
+        entry.label, module.VERSION, method, settings, inputs, origin, target, progress, device, earlier=before
+    )
+    diagnosis = diagnose(job)
+    announce(resolved(job, diagnosis))
+    if not dry_run or target.exists():
+        identity = job.identity(**entry.version_facts())
+        if (done := finished(target, identity)) is not None and not settings.overwrite:
+            return Outcome(target, None, done, cached=True, seconds=time.monotonic() - started)
+    if not dry_run:
+        check_target(target, overwrite=settings.overwrite)
+    costs = estimate(job)
+    if dry_run:
+        return Outcome(target, costs, None, seconds=time.monotonic() - started)
+    refuse(costs, target)
+    provenance = execute(job, identity, diagnosis)
+    return Outcome(target, costs, provenance, seconds=time.monotonic() - started)
+
+
+def execute(job: MergeJob, identity: dict[str, Any], diagnosis: Diagnosis) -> dict[str, Any]:
+    """Do the work, verify and publish; a failure or interruption leaves the staging folder for the next run."""
+    settings = job.settings
+    writer = CheckpointWriter(
+        job.target,
+        job.specs,
+        identity,
+        max_shard_bytes=settings.shard_bytes,
+        overwrite=settings.overwrite,
+        resume=settings.resume,
+        side=job.side,
+    )
+    job.progress.log_to(log_path(job.target))
+    try:
+        merging = Merging(job, writer, diagnosis)
+        rows = merging.run()
+        files = seal(job, writer)
+        with verification(writer):
+            checks, quality = check(job, Checkpoint.open(writer.staging))
+        facts: dict[str, Any] = {
+            "size": sizes(job),
+            "quality": quality,
+            "diagnosis": diagnosis.facts(),
+            "checks": checks,
+            "merge": {"found": merging.found if job.side else None},
+        }
+        return publish(job, writer, identity, rows, facts, files)
+    except BaseException as error:
+        job.progress.note(f"{type(error).__name__}: {error}")
+        if isinstance(error, WeightworksError) and not writer.steps:
+            writer.discard()  # refused before work: there is nothing to continue
+        if ran_out(error):
+            raise ResourceError(
+                "out of memory; what is finished is kept", hint="close other programs and run the same command again"
+            ) from error
+        raise
+    finally:
+        writer.close()
+        job.progress.close()
+
+
+def check(job: MergeJob, staged: Checkpoint) -> tuple[dict[str, Any], dict[str, float]]:
+    """Load the result and score it; returns what was seen and the perplexities of reference and result."""
+    if job.options.check == "files":
+        return {
+            "loader": "nothing loaded it (--check files): read back and accounted for only",
+            "dequantize": False,
+        }, {}
+    view = DenseView(staged)
+    job.skeleton = build(view, trust_remote_code=job.settings.trust_remote_code)
+    probe = check_windows(staged, job.skeleton, trust_remote_code=job.settings.trust_remote_code)
+    parameters = sum(spec.nbytes // spec.dtype.itemsize for spec in job.specs)
+    length = max(16, min(probe.shape[1], int(CHECK_FLOPS / (2 * parameters))))
+    count = max(1, min(probe.shape[0], int(CHECK_FLOPS / (2 * parameters * length))))
+    probe = probe[:count, :length].contiguous()
+    job.returns_tuple = prove_written(job, view, probe)
+    result = stream_perplexity(job, view, probe)
+    quality = {"dense": stream_perplexity(job, DenseView(job.checkpoint), probe), "result": result}
+    blocks = len(job.skeleton.blocks) if parameters <= LOADED else 1
+    partial = result if blocks == len(job.skeleton.blocks) else None
+    return verify(job, staged, probe, {"result": result, "partial": partial}, blocks), quality
+
+
+def estimate(job: MergeJob) -> Estimate:
+    """What the merge will take, from headers alone."""
+    inputs, parts = len(job.models), job.merged
+    whole = getattr(job.method, "WHOLE", False) or any(
+        survey.whole for survey in (job.method.surveys() if hasattr(job.method, "surveys") else ())
+    )
+
+    def held(part: Any) -> int:
+        shape = part.spec.shape or (1,)
+        rows = shape[0] if whole else min(shape[0], slab_rows(shape, inputs))
+        return rows * (part.spec.nbytes // part.spec.dtype.itemsize // max(shape[0], 1))
+
+    slab = 4 * max(map(held, parts), default=0) * (2 * inputs + 4)
+    phases = {"merging": slab}
+    if job.options.check == "full":
+        phases["checking the result"] = _loading(job)
+    phase = max(phases, key=lambda name: phases[name])
+    read = sum(sum(spec.nbytes for spec in item.tensors.values()) for item in job.inputs)
+    passes = 1 + len(job.method.surveys() if hasattr(job.method, "surveys") else ())
+    return Estimate(
+        output_bytes=job.output_bytes,
+        disk_bytes=job.output_bytes,
+        peak_bytes=resident() + RUNTIME_BYTES + phases[phase],
+        peak_phase=phase,
+        seconds=((passes + 1) * read + 4 * job.output_bytes) / BYTES_A_SECOND + 4.0,
+        limit_bytes=job.settings.memory_limit or free_memory() + resident(),
+        on_disk=False,
+        statistics_bytes=0,
+        reload_blocks=0,
+    )
+
+
+def _loading(job: MergeJob) -> int:
+    """Bytes that the check of the result takes: what is outside the blocks and one block, in float32 and as stored."""
+    blocks: dict[str, int] = {}
+    outside = 0
+    for part in job.parts:
+        count = part.spec.nbytes // part.spec.dtype.itemsize
+        found = re.match(r"(.*?\.\d+)\.", part.spec.name)
+        if found:
+            blocks[found.group(1)] = blocks.get(found.group(1), 0) + count
+        else:
+            outside += count
+    held = sum(blocks.values()) if outside + sum(blocks.values()) <= LOADED else max(blocks.values(), default=0)
+    return 6 * (outside + held) + 4 * max(
+        (part.spec.nbytes // part.spec.dtype.itemsize for part in job.parts), default=0
+    )
+
+
+def sizes(job: MergeJob) -> dict[str, Any]:
+    """Bytes of the weights before (of the reference) and after."""
+    before, after = sum(spec.nbytes for spec in job.reference.tensors.values()), sum(spec.nbytes for spec in job.specs)
+    return {"bytes_in": before, "bytes_out": after, "ratio": before / after}
+
+
+def default_target(models: Sequence[Input], base: Input | None, name: str) -> Path:
+    """The reference's name plus what was done, in the current folder: ``tiny-llama-merge-ties``."""
+    checkpoint = (base or models[0]).checkpoint
+    known = checkpoint.source.split("@")[0].rstrip("/").split("/")[-1]
+    known = checkpoint.root.resolve().name if known in ("", ".", "..") else known
+    return Path(f"{known}-merge-{name.replace('_', '-')}")
+
+
+def resolved(job: MergeJob, diagnosis: Diagnosis) -> dict[str, Any]:
+    """The configuration as it will run, defaults included, and what the task vectors look like."""
+    return {
+        "method": job.label,
+        "models": [item.name for item in job.models],
+        "base": None if job.base is None else job.base.name,
+        "output": str(job.target),
+        **job.options.resolved(),
+        "dtype": f"{str(stored_dtype(job.checkpoint)).removeprefix('torch.')}, computed in float32",
+        "seed": job.settings.seed,
+        "device": str(job.device),
+        "tensors": f"{len(job.merged)} merged, {len(job.parts) - len(job.merged)} copied, {len(job.left_out)} left out",
+        "notes": job.uncovered(),
+        "diagnosis": diagnosis.facts(),
+    }
+
+
+def _named(item: Input, called: Mapping[str, str] | None) -> Input:
+    """An input under the name that provenance and card shall have."""
+    name = (called or {}).get(item.name)
+    return item if name is None else replace(item, checkpoint=replace(item.checkpoint, source=name))
