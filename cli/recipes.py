@@ -5,6 +5,7 @@ from __future__ import annotations
 import json as jsonlib
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -224,19 +225,34 @@ def schema() -> int | None:
 
 
 def show_lineage(root: Path, *, json: bool) -> None:
-    """The stages behind an output, the source first."""
-    from weightworks.plan.lineage import chain, changed, values
+    """The stages behind an output, as a tree down to the sources."""
+    from weightworks.plan.lineage import lineage
 
-    stages = chain(root)
-    show(f"{stages[0]['source']['name']}  (digest {stages[0]['identity']['input'][:16]})")
-    for depth, stage in enumerate(stages):
-        given = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in values(stage).items())
-        show(f"{'   ' * depth}└─ {stage['identity']['method']}: {given}")
-        show(f"{'   ' * depth}   stage {stage['stage'][:16]}, torch {stage['identity']['environment']['torch']}")
-        for text in changed(stage["identity"]):
-            show(f"{'   ' * depth}   here it may differ: {text}")
+    found = lineage(root)
+    for line in lineage_lines(found, list(found.stages)[-1]):
+        show(line)
     if json:
-        emit({"model": str(root), "lineage": stages})
+        stages = [{"name": name, **stage} for name, stage in found.stages.items()]
+        emit({"model": str(root), "sources": found.sources, "lineage": stages})
+
+
+def lineage_lines(found: Any, name: str, role: str = "", indent: str = "") -> Iterator[str]:
+    """A stage or source, and below it what it was made of."""
+    from weightworks.plan.lineage import changed, values
+
+    label = f"{role}: " if role else ""
+    if name in found.sources:
+        source = found.sources[name]
+        yield f"{indent}{label}{source['model']}  (digest {source['digest'][:16]})"
+        return
+    stage = found.stages[name]
+    given = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in values(stage).items())
+    yield f"{indent}{label}{name}  {stage['identity']['method']}: {given}"
+    yield f"{indent}   stage {stage['stage'][:16]}, torch {stage['identity']['environment']['torch']}"
+    yield from (f"{indent}   here it may differ: {text}" for text in changed(stage["identity"]))
+    for kind, names in stage["from"].items():
+        for one in names:
+            yield from lineage_lines(found, one, "" if kind in ("model", "models") else kind, indent + "   ")
 
 
 def recipe(

@@ -1,4 +1,4 @@
-"""The ``compress`` command in processes of its own that start warm, so that hundreds of runs take seconds, not minutes.
+"""The ``compress`` and ``merge`` commands in processes of its own that start warm, so that hundreds of runs take seconds, not minutes.
 
 A server process imports everything and runs the command once on one thread; every run after that is a fork of it, with
 its own signals, exit code, streams and memory. Threads do not survive a fork, hence the single one.
@@ -78,8 +78,10 @@ class Commands:
         )
         self._ready = False
 
-    def start(self, *words: str | Path, cwd: Path | None = None, faults: Sequence[Fault] = ()) -> Started:
-        """Start ``compress words``."""
+    def start(
+        self, *words: str | Path, cwd: Path | None = None, faults: Sequence[Fault] = (), program: str = "compress"
+    ) -> Started:
+        """Start ``compress words``, or another ``program``."""
         while not self._ready and not self.address.exists():  # it listens once it is warm
             assert self.server.poll() is None, "the server of warm processes failed; its error is above"
             time.sleep(0.02)
@@ -87,6 +89,7 @@ class Commands:
         number = next(self.numbers)
         streams = [str(self.folder / f"{number}.{name}") for name in ("out", "err")]
         request = {
+            "program": program,
             "words": [str(word) for word in words],
             "cwd": str(cwd or self.folder),
             "faults": list(faults),
@@ -94,9 +97,11 @@ class Commands:
         }
         return Started(request, self.address)
 
-    def __call__(self, *words: str | Path, cwd: Path | None = None, faults: Sequence[Fault] = ()) -> Run:
-        """Run ``compress words`` to its end."""
-        return self.start(*words, cwd=cwd, faults=faults).wait()
+    def __call__(
+        self, *words: str | Path, cwd: Path | None = None, faults: Sequence[Fault] = (), program: str = "compress"
+    ) -> Run:
+        """Run ``compress words``, or another ``program``, to its end."""
+        return self.start(*words, cwd=cwd, faults=faults, program=program).wait()
 
     def stop(self) -> None:
         self.server.terminate()
@@ -128,7 +133,9 @@ def run(request: dict[str, Any]) -> int:
     """The command in this process; returns its exit code."""
     import faults
 
-    from cli.compress_app import main
+    from cli import compress_app, merge_app
+
+    main = {"compress": compress_app, "merge": merge_app}[request["program"]].main
 
     signal.signal(signal.SIGINT, signal.default_int_handler)
     for descriptor, path in enumerate(request["streams"], 1):
@@ -137,7 +144,7 @@ def run(request: dict[str, Any]) -> int:
     for name, *arguments in request["faults"]:
         keywords = arguments.pop() if arguments and isinstance(arguments[-1], dict) else {}
         getattr(faults, name)(*arguments, **keywords)
-    sys.argv = ["compress", *request["words"]]
+    sys.argv = [request["program"], *request["words"]]
     try:
         main()
         code = 0

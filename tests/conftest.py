@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import pytest
 import torch
-from commands import FEW, Commands
+from commands import FEW, Commands, Run
 from safetensors.torch import save_file
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -36,6 +37,12 @@ def compress(own_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
     commands = Commands(tmp_path_factory.mktemp("compress"), {"XDG_CACHE_HOME": str(own_cache)})
     yield commands
     commands.stop()
+
+
+@pytest.fixture(scope="session")
+def merge(compress: Commands) -> Callable[..., Run]:
+    """The command ``merge`` in the same way."""
+    return partial(compress, program="merge")
 
 
 @pytest.fixture(scope="session")

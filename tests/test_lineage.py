@@ -33,6 +33,29 @@ def test_an_output_is_made_again_from_its_recipe(compress: Commands, tiny_llama:
     assert differing <= {"provenance.json", "README.md"}  # they name the folder that was read
 
 
+def test_a_merge_is_made_again_from_its_recipe(
+    compress: Commands, merge: Commands, tiny_llama: Path, tmp_path: Path
+) -> None:
+    """A tree: the original is rounded, and merged with what it was before; the original is one source, named once."""
+    words = ("quantize", tiny_llama, "--method", "rtn", "--bits", "3", "--format", "dense", "-o", "rounded", "-q")
+    assert compress(*words, cwd=tmp_path).code == 0
+    words = ("task-arithmetic", "rounded", tiny_llama, "--base", tiny_llama, "--weights", "0.25,1", "-o", "mixed", "-q")
+    assert merge(*words, cwd=tmp_path).code == 0
+    told = compress("inspect", "--lineage", "mixed", "--json", cwd=tmp_path)
+    assert [stage["name"] for stage in told.json["lineage"]] == ["rtn", "mixed"]
+    assert told.json["lineage"][1]["from"] == {"models": ["rtn", "source"], "base": ["source"]}
+    assert told.err.count(f"{tiny_llama}  (digest") == 3
+    (tmp_path / "again.yaml").write_text(compress("recipe", "mixed", cwd=tmp_path).out)
+    assert compress("run", "again.yaml", "--workspace", "runs", "-q", cwd=tmp_path).code == 0
+    again, first = files(tmp_path / "runs" / "again" / "mixed"), files(tmp_path / "mixed")
+    differing = {name for name in first if again[name] != first[name]}
+    assert differing <= {"provenance.json", "README.md"}
+    assert [stage["method"] for stage in compress("inspect", "mixed", "--json", cwd=tmp_path).json["lineage"]] == [
+        "merge.task_arithmetic",
+        "quantize.rtn",
+    ]
+
+
 def test_no_provenance_is_said(compress: Commands, tiny_llama: Path) -> None:
     for words in (("inspect", "--lineage", tiny_llama), ("recipe", tiny_llama)):
         run = compress(*words)

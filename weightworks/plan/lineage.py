@@ -1,9 +1,10 @@
-"""Where an output comes from: its chain of stages down to the source, and the recipe that makes it again."""
+"""Where an output comes from: its stages down to the sources, and the recipe that makes it again."""
 
 from __future__ import annotations
 
 import io
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,41 +17,95 @@ from weightworks.store.manifest import read_provenance
 NUMERIC = ("torch", "numpy", "scipy", "transformers", "safetensors", "machine", "threads")
 
 
-def chain(root: Path) -> list[dict[str, Any]]:
-    """The stages behind the output folder ``root``, the first one first; each has ``stage``, ``identity``, ``source`` and,
-    if it was calibrated, ``calibration``."""
+@dataclass(frozen=True)
+class Lineage:
+    """All that an output comes from. ``sources`` are checkpoints nobody made here: path or hub id, and digest, by name.
+
+    ``stages`` come inputs first, the output's own last; each has ``stage``, ``identity``, ``source`` and, if it was calibrated,
+    ``calibration``, and ``from``: names of sources and stages by role.
+    """
+
+    sources: dict[str, dict[str, str]] = field(default_factory=dict)
+    stages: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def add(self, made: Mapping[str, Any], called: str | None = None) -> str:
+        """Take in a stage and all behind it, one of the same digest once; returns its name."""
+        for name, known in self.stages.items():
+            if known["stage"] == made["stage"]:
+                return name
+        digests = made["identity"]["input"]
+        inputs = {
+            role: [self._input(*pair) for pair in pairs] for role, pairs in _inputs(made["source"], digests).items()
+        }
+        name = self._free(called or made["identity"]["method"].partition(".")[2])
+        facts = {key: made.get(key) for key in ("stage", "identity", "source", "calibration")}
+        self.stages[name] = {**facts, "from": inputs}
+        return name
+
+    def _input(self, source: Mapping[str, Any], digest: str) -> str:
+        if source.get("made_by"):
+            return self.add(source["made_by"])
+        for name, known in self.sources.items():
+            if known == {"model": source["name"], "digest": digest}:
+                return name
+        name = self._free("source")
+        self.sources[name] = {"model": source["name"], "digest": digest}
+        return name
+
+    def _free(self, name: str) -> str:
+        taken, wanted, number = {*self.sources, *self.stages}, name, 2
+        while name in taken:
+            name, number = f"{wanted}-{number}", number + 1
+        return name
+
+
+def _inputs(source: Mapping[str, Any], digests: Any) -> dict[str, list[tuple[Mapping[str, Any], str]]]:
+    """The inputs of a stage by role, each with its digest: one model, or those of a merge."""
+    if "models" not in source:
+        return {"model": [(source, digests)]}
+    found = {"models": list(zip(source["models"], digests["models"], strict=True))}
+    for role in ("base", "earlier"):
+        if source.get(role):
+            found[role] = [(source[role], digests[role])]
+    return found
+
+
+def lineage(root: Path) -> Lineage:
+    """What is behind the output folder ``root``."""
     provenance = read_provenance(root) if root.is_dir() else None
     if provenance is None:
         raise CheckpointError(
             f"{root}: no provenance.json, so nothing is known of how it was made",
             hint="give an output folder of compress or merge",
         )
-    stages: list[dict[str, Any]] = []
-    while provenance:
-        stages.insert(0, {key: provenance.get(key) for key in ("stage", "identity", "source", "calibration")})
-        provenance = provenance["source"].get("made_by")
-    return stages
+    found, name = Lineage(), root.resolve().name
+    found.add(provenance, name if NAME.fullmatch(name) else None)  # the model card bears the folder's name
+    return found
 
 
 def rebuild(root: Path) -> str:
     """A recipe, as YAML, whose last stage has the bytes of ``root`` again where versions and machine are the same."""
-    stages = chain(root)
-    document: dict[str, Any] = {"version": 1, "sources": {"source": stages[0]["source"]["name"]}, "stages": {}}
-    before = "source"
-    for stage in stages:
-        label: str = stage["identity"]["method"]
-        name = method = label.partition(".")[2]
-        if stage is stages[-1] and NAME.fullmatch(root.resolve().name):
-            name = root.resolve().name  # the model card bears the folder's name
-        number = 2
-        while name in document["stages"]:
-            name, number = f"{method}-{number}", number + 1
-        document["stages"][name] = {"use": label, "from": before, "with": values(stage)}
-        before = name
-    lines = [f"# Makes {root} again: {before} is stage {stages[-1]['stage']}."]
-    lines.append(f"# The source had the digest {stages[0]['identity']['input']}.")
-    lines += [f"# Here it may differ: {text}." for text in changed(stages[-1]["identity"])]
+    found = lineage(root)
+    last = list(found.stages)[-1]
+    document: dict[str, Any] = {
+        "version": 1,
+        "sources": {name: source["model"] for name, source in found.sources.items()},
+        "stages": {
+            name: {"use": stage["identity"]["method"], "from": _from(stage["from"]), "with": values(stage)}
+            for name, stage in found.stages.items()
+        },
+    }
+    lines = [f"# Makes {root} again: {last} is stage {found.stages[last]['stage']}."]
+    lines += [f"# {name} had the digest {source['digest']}." for name, source in found.sources.items()]
+    lines += [f"# Here it may differ: {text}." for text in changed(found.stages[last]["identity"])]
     return "\n".join([*lines, _yaml(document)])
+
+
+def _from(inputs: Mapping[str, list[str]]) -> Any:
+    """``from`` of a recipe: a plain name where there is but one input."""
+    if list(inputs) == ["model"]:
+        return inputs["model"][0]
+    return {role: names if role == "models" else names[0] for role, names in inputs.items()}
 
 
 def values(stage: Mapping[str, Any]) -> dict[str, Any]:

@@ -25,11 +25,10 @@ from weightworks.stage.settings import Settings
 
 RUN_WIDE = ("overwrite", "resume", "strict", "max_memory")  # a whole run's, given on the command line
 ONE, MAYBE, MANY = "one checkpoint", "one checkpoint or none", "checkpoints"
-ROLES: dict[str, dict[str, str]] = {  # a method may say otherwise by a ROLES of its own
+ROLES: dict[str, dict[str, str]] = {  # a method may say otherwise by a ROLES of its own; merges see `roles_of`
     "quantize": {"model": ONE},
     "prune": {"model": ONE},
     "recover": {"model": ONE, "teacher": MAYBE},
-    "merge": {"models": MANY, "base": MAYBE},
     "score": {"models": MANY, "baseline": MAYBE},
 }
 MOST = 100_000  # stages: more is a slip of the matrix, not a plan
@@ -169,7 +168,7 @@ class Multiplier:
 
     def _ways(self, draft: Draft, entry: catalog.Entry) -> list[tuple[dict[str, tuple[str, ...]], tuple[Tag, ...]]]:
         """Inputs by role and inherited tags, once for every fitting choice among members of the stages it reads one of."""
-        roles: dict[str, str] = getattr(entry.load(), "ROLES", None) or ROLES[entry.kind]
+        roles = roles_of(entry)
         where = f"stage '{draft.name}'"
         given = {(role or next(iter(roles))): item for role, item in draft.roles.items()}
         for role, item in given.items():
@@ -214,6 +213,17 @@ class Multiplier:
             self.problems.add(item.place, f"{where} reads '{name}', which is a score; a checkpoint is needed")
             return []
         return [(stage.name, stage.tags) for stage in members]
+
+
+def roles_of(entry: catalog.Entry) -> dict[str, str]:
+    """The inputs of a method: how many checkpoints each of its roles takes."""
+    module = entry.load()
+    own: dict[str, str] | None = getattr(module, "ROLES", None)
+    if own is not None or entry.kind != "merge":
+        return own or ROLES[entry.kind]
+    base = {"required": {"base": ONE}, "optional": {"base": MAYBE}}.get(module.Method.BASE, {})
+    earlier = {"earlier": MAYBE} if getattr(module.Method, "CONTINUES", False) else {}
+    return {"models": MANY, **base, **earlier}
 
 
 def _complaints(which: type[Options], values: dict[str, Any], label: str) -> list[tuple[str, str]]:

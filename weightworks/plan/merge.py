@@ -147,7 +147,8 @@ def check(job: MergeJob, staged: Checkpoint) -> tuple[dict[str, Any], dict[str, 
     quality = {"dense": stream_perplexity(job, DenseView(job.checkpoint), probe), "result": result}
     blocks = len(job.skeleton.blocks) if parameters <= LOADED else 1
     partial = result if blocks == len(job.skeleton.blocks) else None
-    return verify(job, staged, probe, {"result": result, "partial": partial}, blocks), quality
+    checks = verify(job, staged, probe, {"result": result, "partial": partial}, blocks)
+    return {**checks, "check_text": list(probe.shape)}, quality
 
 
 def estimate(job: MergeJob) -> Estimate:

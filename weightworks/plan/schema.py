@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from weightworks.options import Options
-from weightworks.plan.matrix import MANY, ROLES, RUN_WIDE
+from weightworks.plan.matrix import MANY, RUN_WIDE, roles_of
 from weightworks.stage import catalog
 from weightworks.stage.settings import Settings
 
@@ -161,7 +161,7 @@ def _choice(label: str) -> dict[str, Schema]:
 
 def _from(entry: catalog.Entry) -> Schema:
     """Inputs of a method: those of its first role as such, or all by role."""
-    roles: dict[str, str] = getattr(entry.load(), "ROLES", None) or ROLES[entry.kind]
+    roles = roles_of(entry)
     by_role: dict[str, Schema] = {}
     for role, wanted in roles.items():
         names: Schema = {"type": "array", "minItems": 1, "items": {"type": "string"}}

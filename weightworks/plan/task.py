@@ -102,24 +102,43 @@ def perform(task: Task) -> dict[str, Any]:
 
 
 def _run(task: Task, *, dry_run: bool) -> Any:
-    from weightworks.plan.stage import run_stage
     from weightworks.report.progress import Progress
     from weightworks.stage.settings import Settings
 
+    settings, progress = Settings(**task.settings), Progress(quiet=task.quiet)
+    cache = task.target.parent.parent
+    called = {path: name for names in task.inputs.values() for name, path in names if cache in Path(path).parents}
+    if task.kind == "merge":
+        from weightworks.plan.merge import run_merge
+
+        paths = {role: [path for _, path in names] for role, names in task.inputs.items()}
+        return run_merge(
+            task.method,
+            paths["models"],
+            dict(task.options),
+            settings,
+            base=next(iter(paths.get("base", ())), None),
+            earlier=next(iter(paths.get("earlier", ())), None),
+            output_dir=task.target,
+            dry_run=dry_run,
+            progress=progress,
+            called=called,
+        )
+    from weightworks.plan.stage import run_stage
+
     if set(task.inputs) != {"model"}:
         raise MethodError(f"{task.kind}.{task.method}: inputs {', '.join(task.inputs)} cannot be run yet")
-    name, model = task.inputs["model"][0]
-    cache = task.target.parent.parent
+    _, model = task.inputs["model"][0]
     return run_stage(
         task.kind,
         task.method,
         model,
         dict(task.options),
-        Settings(**task.settings),
+        settings,
         output_dir=task.target,
         dry_run=dry_run,
-        progress=Progress(quiet=task.quiet),
-        called=name if cache in Path(model).parents else None,
+        progress=progress,
+        called=called.get(model),
     )
 
 

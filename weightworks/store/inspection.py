@@ -37,22 +37,26 @@ def inspect(source: str, *, sparsity: bool = False, allow_pickle: bool = False) 
 
 
 def lineage(provenance: dict[str, Any] | None) -> list[dict[str, Any]]:
-    """The stages behind a checkpoint, latest first."""
-    stages = []
-    while provenance:
-        identity = provenance["identity"]
+    """The stages behind a checkpoint, latest first; of a merge, those behind every input."""
+    stages: list[dict[str, Any]] = []
+    waiting = [provenance] if provenance else []
+    while waiting:
+        made = waiting.pop(0)
+        identity, source = made["identity"], made["source"]
+        inputs = [source] if "models" not in source else [*source["models"], source["base"], source.get("earlier")]
+        inputs = [one for one in inputs if one]
         stages.append(
             {
-                "stage": provenance["stage"],
+                "stage": made["stage"],
                 "method": identity["method"],
                 "options": ", ".join(
                     f"{key} {value}" for key, value in identity["options"].items() if value not in (None, [])
                 ),
-                "source": provenance["source"]["name"],
+                "source": ", ".join(one["name"] for one in inputs),
                 "source_digest": identity["input"],
             }
         )
-        provenance = provenance["source"].get("made_by")
+        waiting += [one["made_by"] for one in inputs if one.get("made_by")]
     return stages
 
 

@@ -13,7 +13,7 @@ sentence that says what the method did, and what it should do.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -57,5 +57,10 @@ def conformance(label: str, *, model: str | Path | None = None) -> list[Check]:
     if kind not in catalog.SHELVES or kind == label:
         raise UsageError(f"'{label}' is not KIND.NAME: unknown kind ({nearest(kind, catalog.SHELVES)})")
     trial = Trial(label, None if model is None else Path(model))
-    looks = [*DECLARATION, *(() if kind == "score" else COMMAND), *(RESULT if kind in CHANGING else ())]
+    results: Sequence[Callable[[Trial, Path], None]] = RESULT if kind in CHANGING else ()
+    if kind == "merge":
+        from weightworks.testing.merge_contract import MERGE
+
+        results = MERGE
+    looks = [*DECLARATION, *(() if kind == "score" else COMMAND), *results]
     return [Check((look.__doc__ or "").partition("\n")[0].rstrip("."), look, trial) for look in looks]
