@@ -24,7 +24,7 @@ def has_the_shape_of_a_merge(trial: Trial, folder: Path) -> None:
     demand(callable(getattr(method, "merge", None)), f"{label}: Method has no `merge`")
     base = getattr(method, "BASE", None)
     demand(base in ("required", "optional", "refused"), f"{label}: Method.BASE is {base!r}")
-    least, most = getattr(method, "LEAST", None), getattr(method, "MOST", 0)
+    least, most = getattr(method, "LEAST", 0), getattr(method, "MOST", 0)
     demand(type(least) is int and least >= 1, f"{label}: Method.LEAST is {least!r}, not 1 or more")
     fits = most is None or (type(most) is int and most >= least)
     demand(fits, f"{label}: Method.MOST is {most!r}, neither None nor at least LEAST")
