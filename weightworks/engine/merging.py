@@ -6,7 +6,9 @@ the output do not depend on the machine; sums are taken in order of names and ro
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -20,17 +22,18 @@ from weightworks.store.tensorfile import TensorInfo, read_bytes, read_header
 from weightworks.store.writer import CheckpointWriter
 
 JOURNAL_BYTES = 256 << 20  # of output between two journal entries: little is lost, the disk is not kept waiting
-SLAB = 1 << 22  # elements of a slab: large enough for full speed, small beside a block
+SLAB = 1 << 16  # elements of a slab to be merged: what is done to it in several steps stays in the processor's cache
+LOOK = 1 << 20  # of a slab that is surveyed: its figures, such as histograms, are large beside fewer
 HELD = 1 << 26  # elements of all inputs' slabs together
 NOTED = 1 << 12  # numbers that sums may have to be journalled before a survey is over
 
 
-def slab_rows(shape: tuple[int, ...], inputs: int) -> int:
-    """How many rows of a tensor of ``shape`` are held of each of ``inputs`` models at a time."""
+def slab_rows(shape: tuple[int, ...], inputs: int, most: int = SLAB) -> int:
+    """How many rows of a tensor of ``shape`` are held of each of ``inputs`` models at a time: ``most`` elements."""
     row = 1
     for length in shape[1:]:
         row *= length
-    return max(1, min(SLAB, HELD // (inputs + 2)) // max(row, 1))
+    return max(1, min(most, HELD // (inputs + 2)) // max(row, 1))
 
 
 class Merging:
@@ -44,7 +47,6 @@ class Merging:
             self.earlier = earlier_state(job.earlier)
         self.merged = job.merged
 
-    @torch.no_grad()
     def run(self) -> list[dict[str, Any]]:
         """Survey, merge and write all parts; returns the report's rows. What the journal has is not done again."""
         job, writer = self.job, self.writer
@@ -54,28 +56,47 @@ class Merging:
         if finished:
             job.progress.say(f"resuming after {len(finished)} of {len(names)} tensors")
         job.progress.begin("tensor", len(names), len(finished), every=5.0)
-        rows: list[dict[str, Any]] = []
-        held = 0
-        for part in job.parts:
-            if part.spec.name in finished:
-                continue
-            if part.method is None:
-                self._copy(part)
-                rows.append({"tensor": part.spec.name, "method": "copied"})
-            else:
-                self._merge(part, found[id(part.method)])
-                rows.append(self._row(part))
-            held += part.spec.nbytes
-            if held > JOURNAL_BYTES:
-                writer.done(f"tensors to {part.spec.name}", {"rows": rows})
-                rows, held = [], 0
-            job.progress.step(part.spec.name)
-        if rows or not finished:
-            writer.done("last tensors", {"rows": rows})
+        with self._workers(whole=self.whole) as workers:
+            for batch in batches([part for part in job.parts if part.spec.name not in finished]):
+                rows = []
+                for row in workers(lambda part: self._part(part, found), batch):
+                    rows.append(row)
+                    job.progress.step(row["tensor"])
+                writer.done(f"tensors to {batch[-1].spec.name}", {"rows": rows})
         job.progress.end()
         self.found = found.get(id(job.method))
         rows = [row for facts in writer.steps.values() for row in facts.get("rows", [])]
         return [row for row in rows if row["method"] != "copied"]
+
+    @property
+    def whole(self) -> bool:
+        """Whether some method wants whole tensors at once."""
+        return any(getattr(method, "WHOLE", False) for method in self._methods())
+
+    @contextmanager
+    def _workers(self, *, whole: bool) -> Iterator[Callable[..., Iterator[Any]]]:
+        """A ``map`` that keeps order. Slabs are too small to be divided among threads, so several tensors are worked on at
+        once, each by one thread; whole tensors one after the other, by all threads."""
+        threads = torch.get_num_threads()
+        if whole or self.job.device.type != "cpu":
+            yield map
+            return
+        pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
+        torch.set_num_threads(1)
+        try:
+            yield pool.map
+        finally:
+            pool.shutdown(cancel_futures=True)
+            torch.set_num_threads(threads)
+
+    def _part(self, part: Part, found: Mapping[int, Any]) -> dict[str, Any]:
+        """Make one tensor; returns the report's line on it."""
+        with torch.no_grad():
+            if part.method is None:
+                self._copy(part)
+                return {"tensor": part.spec.name, "method": "copied"}
+            self._merge(part, found[id(part.method)])
+            return self._row(part)
 
     def _methods(self) -> list[Any]:
         """The method of each part, each once: parts that some models lack have one of their own."""
@@ -106,30 +127,35 @@ class Merging:
                 done.update(facts["tensors"])
         if done:
             self.job.progress.say(f"resuming {step} after {len(done)} of {len(parts)} tensors")
-        held, fresh = 0, []
         self.job.progress.begin(step, len(parts), len(done), every=5.0)
-        for part in parts:
-            if part.spec.name in done:
-                continue
-            self._look(part, survey, found, sums)
-            fresh.append(part.spec.name)
-            held += part.spec.nbytes * (len(part.models) + 1)
-            if held > JOURNAL_BYTES and sum(value.numel() for value in sums.values()) <= NOTED:
-                noted = [[key, str(value.dtype).removeprefix("torch."), value.tolist()] for key, value in sums.items()]
-                self.writer.done(f"{step} to {part.spec.name}", {"sums": noted, "tensors": fresh})
-                held, fresh = 0, []
-            self.job.progress.step(part.spec.name)
+        with self._workers(whole=survey.whole) as workers:
+            for batch in batches([part for part in parts if part.spec.name not in done]):
+                for part, figures in zip(
+                    batch, workers(lambda part: self._look(part, survey, found), batch), strict=True
+                ):
+                    for key, value in figures.items():
+                        sums[key] = sums[key] + value if key in sums else value
+                    self.job.progress.step(part.spec.name)
+                if sum(value.numel() for value in sums.values()) <= NOTED:
+                    noted = [
+                        [key, str(value.dtype).removeprefix("torch."), value.tolist()] for key, value in sums.items()
+                    ]
+                    names = [part.spec.name for part in batch]
+                    self.writer.done(f"{step} to {names[-1]}", {"sums": noted, "tensors": names})
         self.job.progress.end()
         return sums
 
-    def _look(self, part: Part, survey: Survey, found: Any, sums: dict[str, torch.Tensor]) -> None:
-        """Add the figures of one tensor to ``sums``; what is to be kept of it goes to the state."""
-        for slab in self._slabs(part, whole=survey.whole):
-            figures = dict(survey.look(slab, found))
-            if (state := figures.pop(STATE, None)) is not None:
-                self.writer.put(STATE_PREFIX + part.spec.name, state.float().cpu().reshape(part.spec.shape))
-            for key, value in figures.items():
-                sums[key] = sums[key] + value.cpu() if key in sums else value.cpu()
+    def _look(self, part: Part, survey: Survey, found: Any) -> dict[str, torch.Tensor]:
+        """The figures of one tensor; what is to be kept of it goes to the state."""
+        sums: dict[str, torch.Tensor] = {}
+        with torch.no_grad():
+            for slab in self._slabs(part, whole=survey.whole, most=LOOK):
+                figures = dict(survey.look(slab, found))
+                if (state := figures.pop(STATE, None)) is not None:
+                    self.writer.put(STATE_PREFIX + part.spec.name, state.float().cpu().reshape(part.spec.shape))
+                for key, value in figures.items():
+                    sums[key] = sums[key] + value.cpu() if key in sums else value.cpu()
+        return sums
 
     def _earlier_found(self) -> Any:
         """What the merge that is continued had concluded."""
@@ -144,9 +170,7 @@ class Merging:
 
     def _merge(self, part: Part, found: Any) -> None:
         for survey in surveys_of(part.method, "tensor"):
-            sums: dict[str, torch.Tensor] = {}
-            self._look(part, survey, found, sums)
-            found = survey.conclude(sums, found)
+            found = survey.conclude(self._look(part, survey, found), found)
         shape, dtype = part.spec.shape, part.spec.dtype
         with self.writer.filling(part.spec.name, shape, dtype) as append:
             for slab in self._slabs(part, whole=getattr(part.method, "WHOLE", False)):
@@ -177,11 +201,11 @@ class Merging:
                 )
         self.writer.copy_from(item.checkpoint, part.spec.name)
 
-    def _slabs(self, part: Part, *, whole: bool) -> Iterator[Slab]:
+    def _slabs(self, part: Part, *, whole: bool, most: int = SLAB) -> Iterator[Slab]:
         """The slabs of one tensor, in order of rows."""
         job, name = self.job, part.spec.name
         shape = part.spec.shape or (1,)
-        step = shape[0] if whole else slab_rows(shape, len(part.models))
+        step = shape[0] if whole else slab_rows(shape, len(part.models), most)
         for start in range(0, shape[0], max(step, 1)):
             stop = min(start + step, shape[0])
             base = None if job.base is None or part.base is None else job.read(job.base, part.base, start, stop)
@@ -217,6 +241,20 @@ class Merging:
             "bytes_out": part.spec.nbytes,
             **self.diagnosis.of(part.spec.name),
         }
+
+
+def batches(parts: Sequence[Part]) -> Iterator[list[Part]]:
+    """Parts in order, in stretches of about JOURNAL_BYTES of output: after each one, what is done is journalled."""
+    batch: list[Part] = []
+    held = 0
+    for part in parts:
+        batch.append(part)
+        held += part.spec.nbytes
+        if held > JOURNAL_BYTES:
+            yield batch
+            batch, held = [], 0
+    if batch:
+        yield batch
 
 
 def surveys_of(method: Any, scope: str) -> list[Survey]:

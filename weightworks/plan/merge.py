@@ -14,7 +14,7 @@ from weightworks.engine.estimate import BYTES_A_SECOND, RUNTIME_BYTES, Estimate,
 from weightworks.engine.finish import prove_written, publish, seal, stream_perplexity, verification, verify
 from weightworks.engine.machine import free_memory, pick_device, resident
 from weightworks.engine.mergejob import Input, MergeJob, open_inputs
-from weightworks.engine.merging import Merging, slab_rows
+from weightworks.engine.merging import LOOK, Merging, slab_rows
 from weightworks.errors import OutputError, ResourceError, WeightworksError
 from weightworks.plan.stage import Outcome, check_windows, finished, log_path, stored_dtype
 from weightworks.report.progress import Progress
@@ -139,8 +139,9 @@ def check(job: MergeJob, staged: Checkpoint) -> tuple[dict[str, Any], dict[str, 
     job.skeleton = build(view, trust_remote_code=job.settings.trust_remote_code)
     probe = check_windows(staged, job.skeleton, trust_remote_code=job.settings.trust_remote_code)
     parameters = sum(spec.nbytes // spec.dtype.itemsize for spec in job.specs)
-    length = max(16, min(probe.shape[1], int(CHECK_FLOPS / (2 * parameters))))
-    count = max(1, min(probe.shape[0], int(CHECK_FLOPS / (2 * parameters * length))))
+    tokens = int(CHECK_FLOPS / (2 * parameters))
+    length = max(16, min(probe.shape[1], tokens // 2))
+    count = max(2, min(probe.shape[0], tokens // length))
     probe = probe[:count, :length].contiguous()
     job.returns_tuple = prove_written(job, view, probe)
     result = stream_perplexity(job, view, probe)
@@ -160,7 +161,7 @@ def estimate(job: MergeJob) -> Estimate:
 
     def held(part: Any) -> int:
         shape = part.spec.shape or (1,)
-        rows = shape[0] if whole else min(shape[0], slab_rows(shape, inputs))
+        rows = shape[0] if whole else min(shape[0], slab_rows(shape, inputs, LOOK))
         return rows * (part.spec.nbytes // part.spec.dtype.itemsize // max(shape[0], 1))
 
     slab = 4 * max(map(held, parts), default=0) * (2 * inputs + 4)
