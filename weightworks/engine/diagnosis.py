@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from weightworks.engine.machine import one_thread
 from weightworks.engine.mergejob import MergeJob, Part
 
 SAMPLE = 1 << 17  # elements of a tensor that are looked at
@@ -87,12 +88,9 @@ class Diagnosis:
 @torch.no_grad()
 def diagnose(job: MergeJob) -> Diagnosis:
     """Look at every tensor that will be merged; of models without a base, deltas are from their mean."""
-    result, count = Diagnosis(), len(job.models)
-    for part in job.merged:
-        if len(part.models) != count:
-            continue
-        result.tensors[part.spec.name] = look(job, part)
-    return result
+    with one_thread():  # a sample is too little to be divided
+        complete = [part for part in job.merged if len(part.models) == len(job.models)]
+        return Diagnosis({part.spec.name: look(job, part) for part in complete})
 
 
 def look(job: MergeJob, part: Part) -> Figures:

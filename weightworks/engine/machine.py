@@ -8,6 +8,7 @@ import platform
 import re
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -52,6 +53,17 @@ def compute_dtype(wanted: str, stored: torch.dtype, device: torch.device) -> tor
         return stored
     measured = speeds()
     return stored if measured[str(stored).removeprefix("torch.")] > WORTH * measured["float32"] else torch.float32
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Tensors too small to be divided among threads are worked on by one."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def pick_device(wanted: str) -> torch.device:

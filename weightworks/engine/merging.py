@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from weightworks.engine.diagnosis import Diagnosis
+from weightworks.engine.machine import one_thread
 from weightworks.engine.mergejob import STATE_FILE, STATE_PREFIX, MergeJob, Part
 from weightworks.errors import MethodError, VerificationError
 from weightworks.stage.merging import STATE, Slab, Survey
@@ -81,13 +82,12 @@ class Merging:
         if whole or self.job.device.type != "cpu":
             yield map
             return
-        pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
-        torch.set_num_threads(1)
-        try:
-            yield pool.map
-        finally:
-            pool.shutdown(cancel_futures=True)
-            torch.set_num_threads(threads)
+        with one_thread():
+            pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
+            try:
+                yield pool.map
+            finally:
+                pool.shutdown(cancel_futures=True)
 
     def _part(self, part: Part, found: Mapping[int, Any]) -> dict[str, Any]:
         """Make one tensor; returns the report's line on it."""
