@@ -26,7 +26,9 @@ NOTED = 1 << 12  # numbers that sums may have to be journalled before a survey i
 
 
 def slab_rows(shape: tuple[int, ...], inputs: int) -> int:
-    """How many rows of a tensor of ``shape`` are held of each of ``inputs`` models at a time."""
+    """How many rows of a tensor of ``shape`` are held of each of ``inputs`` models at a time; vectors are not divided."""
+    if len(shape) == 1:
+        return max(1, shape[0])
     row = 1
     for length in shape[1:]:
         row *= length

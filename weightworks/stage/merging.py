@@ -75,8 +75,9 @@ class Slab:
     """Rows ``start:start + rows`` of the tensor ``name``, whose whole ``shape`` is [out, ...], of every model.
 
     ``models`` are float32 [rows, ...] in argument order, ``base`` is the same of the base or None. A tensor without
-    axes comes as one of shape [1]. ``state`` is what a survey kept of this tensor, ``side`` each model's statistics of it
-    (``Method.SIDE``). Tensors may be used up, but each is handed to one call only.
+    axes comes as one of shape [1]; vectors come whole, so that a method may rank or normalize their elements. ``state``
+    is what a survey kept of this tensor, ``side`` each model's statistics of it (``Method.SIDE``). Tensors may be used up,
+    but each is handed to one call only.
     """
 
     name: str

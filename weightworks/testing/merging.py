@@ -36,7 +36,7 @@ def merged(
 
     def slabs(name: str, whole: bool) -> Iterator[Slab]:
         shape = tuple(models[0][name].shape) or (1,)
-        step = shape[0] if whole or rows is None else rows
+        step = shape[0] if whole or rows is None or len(shape) == 1 else rows
         for start in range(0, shape[0], step):
             part = slice(start, start + step)
             yield Slab(
