@@ -7,6 +7,7 @@ the output do not depend on the machine; sums are taken in order of names and ro
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ import torch
 from weightworks.engine.diagnosis import Diagnosis
 from weightworks.engine.mergejob import STATE_FILE, STATE_PREFIX, MergeJob, Part
 from weightworks.errors import MethodError, VerificationError
-from weightworks.stage.merging import STATE, Slab, Survey
+from weightworks.stage.merging import STATE, Slab, Survey, is_whole
 from weightworks.store.checkpoint import Checkpoint
 from weightworks.store.tensorfile import TensorInfo, read_bytes, read_header
 from weightworks.store.writer import CheckpointWriter
@@ -126,12 +127,15 @@ class Merging:
 
     def _look(self, part: Part, survey: Survey, found: Any, sums: dict[str, torch.Tensor]) -> None:
         """Add the figures of one tensor to ``sums``; what is to be kept of it goes to the state."""
-        for slab in self._slabs(part, whole=survey.whole):
-            figures = dict(survey.look(slab, found))
-            if (state := figures.pop(STATE, None)) is not None:
-                self.writer.put(STATE_PREFIX + part.spec.name, state.float().cpu().reshape(part.spec.shape))
-            for key, value in figures.items():
-                sums[key] = sums[key] + value.cpu() if key in sums else value.cpu()
+        name, keep = STATE_PREFIX + part.spec.name, None
+        with ExitStack() as stack:
+            for slab in self._slabs(part, survey):
+                figures = dict(survey.look(slab, found))
+                if (state := figures.pop(STATE, None)) is not None:
+                    keep = keep or stack.enter_context(self.writer.filling(name, part.spec.shape, torch.float32))
+                    keep(state.float().cpu().contiguous())
+                for key, value in figures.items():
+                    sums[key] = sums[key] + value.cpu() if key in sums else value.cpu()
 
     def _earlier_found(self) -> Any:
         """What the merge that is continued had concluded."""
@@ -151,7 +155,7 @@ class Merging:
             found = survey.conclude(sums, found)
         shape, dtype = part.spec.shape, part.spec.dtype
         with self.writer.filling(part.spec.name, shape, dtype) as append:
-            for slab in self._slabs(part, whole=getattr(part.method, "WHOLE", False)):
+            for slab in self._slabs(part, part.method):
                 expected = slab.models[0].shape
                 result = part.method.merge(slab, found)  # type: ignore[union-attr]
                 if result.shape != expected:
@@ -179,11 +183,11 @@ class Merging:
                 )
         self.writer.copy_from(item.checkpoint, part.spec.name)
 
-    def _slabs(self, part: Part, *, whole: bool) -> Iterator[Slab]:
-        """The slabs of one tensor, in order of rows."""
+    def _slabs(self, part: Part, asking: Any) -> Iterator[Slab]:
+        """The slabs of one tensor that a survey or the method asks for, in order of rows."""
         job, name = self.job, part.spec.name
         shape = part.spec.shape or (1,)
-        step = shape[0] if whole else slab_rows(shape, len(part.models))
+        step = shape[0] if is_whole(asking, name, shape) else slab_rows(shape, len(part.models))
         for start in range(0, shape[0], max(step, 1)):
             stop = min(start + step, shape[0])
             base = None if job.base is None or part.base is None else job.read(job.base, part.base, start, stop)
