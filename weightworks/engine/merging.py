@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from weightworks.engine.diagnosis import Diagnosis
 from weightworks.engine.machine import one_thread
 from weightworks.engine.mergejob import STATE_FILE, STATE_PREFIX, MergeJob, Part
 from weightworks.errors import MethodError, VerificationError
-from weightworks.stage.merging import STATE, Slab, Survey
+from weightworks.stage.merging import STATE, Slab, Survey, is_whole
 from weightworks.store.checkpoint import Checkpoint
 from weightworks.store.tensorfile import TensorInfo, read_bytes, read_header
 from weightworks.store.writer import CheckpointWriter
@@ -30,7 +30,8 @@ NOTED = 1 << 12  # numbers that sums may have to be journalled before a survey i
 
 
 def slab_rows(shape: tuple[int, ...], inputs: int, most: int = SLAB) -> int:
-    """How many rows of a tensor of ``shape`` are held of each of ``inputs`` models at a time: ``most`` elements; all of a vector."""
+    """How many rows of a tensor of ``shape`` are held of each of ``inputs`` models at a time: ``most`` elements, all of a
+    vector."""
     if len(shape) == 1:
         return max(1, shape[0])
     row = 1
@@ -59,7 +60,7 @@ class Merging:
         if finished:
             job.progress.say(f"resuming after {len(finished)} of {len(names)} tensors")
         job.progress.begin("tensor", len(names), len(finished), every=5.0)
-        with self._workers(whole=self.whole) as workers:
+        with self._workers(*((part.method, part) for part in self.merged)) as workers:
             for batch in batches([part for part in job.parts if part.spec.name not in finished]):
                 rows = []
                 for row in workers(lambda part: self._part(part, found), batch):
@@ -71,16 +72,12 @@ class Merging:
         rows = [row for facts in writer.steps.values() for row in facts.get("rows", [])]
         return [row for row in rows if row["method"] != "copied"]
 
-    @property
-    def whole(self) -> bool:
-        """Whether some method wants whole tensors at once."""
-        return any(getattr(method, "WHOLE", False) for method in self._methods())
-
     @contextmanager
-    def _workers(self, *, whole: bool) -> Iterator[Callable[..., Iterator[Any]]]:
+    def _workers(self, *work: tuple[Any, Part]) -> Iterator[Callable[..., Iterator[Any]]]:
         """A ``map`` that keeps order. Slabs are too small to be divided among threads, so several tensors are worked on at
         once, each by one thread; whole tensors one after the other, by all threads."""
         threads = torch.get_num_threads()
+        whole = any(is_whole(asking, part.spec.name, part.spec.shape or (1,)) for asking, part in work)
         if whole or self.job.device.type != "cpu":
             yield map
             return
@@ -130,7 +127,7 @@ class Merging:
         if done:
             self.job.progress.say(f"resuming {step} after {len(done)} of {len(parts)} tensors")
         self.job.progress.begin(step, len(parts), len(done), every=5.0)
-        with self._workers(whole=survey.whole) as workers:
+        with self._workers(*((survey, part) for part in parts)) as workers:
             for batch in batches([part for part in parts if part.spec.name not in done]):
                 for part, figures in zip(
                     batch, workers(lambda part: self._look(part, survey, found), batch), strict=True
@@ -150,11 +147,13 @@ class Merging:
     def _look(self, part: Part, survey: Survey, found: Any) -> dict[str, torch.Tensor]:
         """The figures of one tensor; what is to be kept of it goes to the state."""
         sums: dict[str, torch.Tensor] = {}
-        with torch.no_grad():
-            for slab in self._slabs(part, whole=survey.whole, most=LOOK):
+        name, keep = STATE_PREFIX + part.spec.name, None
+        with torch.no_grad(), ExitStack() as stack:
+            for slab in self._slabs(part, survey, most=LOOK):
                 figures = dict(survey.look(slab, found))
                 if (state := figures.pop(STATE, None)) is not None:
-                    self.writer.put(STATE_PREFIX + part.spec.name, state.float().cpu().reshape(part.spec.shape))
+                    keep = keep or stack.enter_context(self.writer.filling(name, part.spec.shape, torch.float32))
+                    keep(state.float().cpu().contiguous())
                 for key, value in figures.items():
                     sums[key] = sums[key] + value.cpu() if key in sums else value.cpu()
         return sums
@@ -175,7 +174,7 @@ class Merging:
             found = survey.conclude(self._look(part, survey, found), found)
         shape, dtype = part.spec.shape, part.spec.dtype
         with self.writer.filling(part.spec.name, shape, dtype) as append:
-            for slab in self._slabs(part, whole=getattr(part.method, "WHOLE", False)):
+            for slab in self._slabs(part, part.method):
                 expected = slab.models[0].shape
                 result = part.method.merge(slab, found)  # type: ignore[union-attr]
                 if result.shape != expected:
@@ -203,11 +202,11 @@ class Merging:
                 )
         self.writer.copy_from(item.checkpoint, part.spec.name)
 
-    def _slabs(self, part: Part, *, whole: bool, most: int = SLAB) -> Iterator[Slab]:
-        """The slabs of one tensor, in order of rows."""
+    def _slabs(self, part: Part, asking: Any, *, most: int = SLAB) -> Iterator[Slab]:
+        """The slabs of one tensor that a survey or the method asks for, in order of rows."""
         job, name = self.job, part.spec.name
         shape = part.spec.shape or (1,)
-        step = shape[0] if whole else slab_rows(shape, len(part.models), most)
+        step = shape[0] if is_whole(asking, name, shape) else slab_rows(shape, len(part.models), most)
         for start in range(0, shape[0], max(step, 1)):
             stop = min(start + step, shape[0])
             base = None if job.base is None or part.base is None else job.read(job.base, part.base, start, stop)

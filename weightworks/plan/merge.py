@@ -19,6 +19,7 @@ from weightworks.errors import OutputError, ResourceError, WeightworksError
 from weightworks.plan.stage import Outcome, check_windows, finished, log_path, stored_dtype
 from weightworks.report.progress import Progress
 from weightworks.stage import catalog
+from weightworks.stage.merging import is_whole
 from weightworks.stage.settings import Settings
 from weightworks.store.checkpoint import Checkpoint
 from weightworks.store.dense import DenseView
@@ -155,12 +156,11 @@ def check(job: MergeJob, staged: Checkpoint) -> tuple[dict[str, Any], dict[str, 
 def estimate(job: MergeJob) -> Estimate:
     """What the merge will take, from headers alone."""
     inputs, parts = len(job.models), job.merged
-    whole = getattr(job.method, "WHOLE", False) or any(
-        survey.whole for survey in (job.method.surveys() if hasattr(job.method, "surveys") else ())
-    )
+    asking = [job.method, *(job.method.surveys() if hasattr(job.method, "surveys") else ())]
 
     def held(part: Any) -> int:
         shape = part.spec.shape or (1,)
+        whole = any(is_whole(one, part.spec.name, shape) for one in asking)
         rows = shape[0] if whole else min(shape[0], slab_rows(shape, inputs, LOOK))
         return rows * (part.spec.nbytes // part.spec.dtype.itemsize // max(shape[0], 1))
 
@@ -170,7 +170,7 @@ def estimate(job: MergeJob) -> Estimate:
         phases["checking the result"] = _loading(job)
     phase = max(phases, key=lambda name: phases[name])
     read = sum(sum(spec.nbytes for spec in item.tensors.values()) for item in job.inputs)
-    passes = 1 + len(job.method.surveys() if hasattr(job.method, "surveys") else ())
+    passes = len(asking)
     return Estimate(
         output_bytes=job.output_bytes,
         disk_bytes=job.output_bytes,

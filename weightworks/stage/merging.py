@@ -76,8 +76,9 @@ class Slab:
 
     ``models`` are float32 [rows, ...] in argument order, ``base`` is the same of the base or None. A tensor without
     axes comes as one of shape [1]; vectors come whole, so that a method may rank or normalize their elements. ``state``
-    is what a survey kept of this tensor, ``side`` each model's statistics of it (``Method.SIDE``). Tensors may be used up,
-    but each is handed to one call only.
+    is what a survey kept of these rows, ``side`` each model's statistics of the tensor (``Method.SIDE``): by kind, of these
+    rows if they are of the tensor's shape; empty where there are none. Tensors may be used up, but each is handed to one
+    call only.
     """
 
     name: str
@@ -129,21 +130,31 @@ class Survey:
     ``look(slab, found)`` returns figures by name, int64 or float64 tensors, which are added up over the slabs of a tensor
     or, with ``scope="model"``, of all tensors in order of their names. ``conclude(sums, found)`` makes of them what is handed
     as ``found`` to the next survey and to ``merge``: JSON-compatible data, so that an interrupted run remembers it.
-    With ``whole`` slabs are whole tensors. A figure called ``state`` is no sum: it is kept for its tensor (float32, of the
-    tensor's shape) and handed to later calls as ``slab.state``.
+    With ``whole`` slabs are whole tensors, or those of which ``whole(name, shape)`` is true. A figure called ``state`` is no
+    sum: it is kept for its rows (float32, of their shape) and handed to later calls as ``slab.state``.
     """
 
     look: Callable[[Slab, Any], Mapping[str, torch.Tensor]]
     conclude: Callable[[Mapping[str, torch.Tensor], Any], Any] = field(default=_nothing)
     scope: Literal["tensor", "model"] = "tensor"
-    whole: bool = False
+    whole: bool | Callable[[str, tuple[int, ...]], bool] = False
+
+
+def is_whole(asking: Any, name: str, shape: tuple[int, ...]) -> bool:
+    """Whether a survey or a method wants the tensor ``name`` of ``shape`` in one slab: by its ``whole``, else ``WHOLE``."""
+    asked = getattr(asking, "whole", getattr(asking, "WHOLE", False))
+    return bool(asked(name, shape) if callable(asked) else asked)
 
 
 class Merger(Protocol):
     """A merge of several models of one architecture, tensor by tensor.
 
     Besides what is below, the class says: ``BASE``, whether a base is "required", "optional" or "refused"; ``LEAST`` and
-    ``MOST`` (None: any number), how many models it takes. It may say ``WHOLE = True``: slabs are whole tensors.
+    ``MOST`` (None: any number), how many models it takes. It may say ``WHOLE = True``: slabs are whole tensors; or have
+    ``whole(name, shape)``, which says it of each. ``SIDE = "gram"`` asks for statistics of that kind, a file for each
+    model, which the option ``statistics`` names. ``STATE = True``: what its survey keeps of every tensor stays beside the
+    result. ``CONTINUES = True``: a merge can take up another one that is finished: its first survey then sees the
+    other's state and, as ``found``, what the other concluded.
     """
 
     BASE: ClassVar[Literal["required", "optional", "refused"]]
