@@ -271,12 +271,13 @@ def dense_config(config: Mapping[str, Any]) -> dict[str, Any]:
 def origin(checkpoint: Checkpoint) -> dict[str, Any]:
     """A checkpoint as provenance names it: by its name, its files' digests, and the stage that made it if there is one."""
     try:
-        parent = read_provenance(checkpoint.root)
+        parent = read_provenance(checkpoint.root) if checkpoint.as_stored else None  # no stage made a sum
     except CheckpointError:  # a file of another tool
         parent = None
     keys = ("stage", "identity", "source", "calibration")
     made_by = None if parent is None else {key: parent.get(key) for key in keys}
-    return {"name": checkpoint.source, "files": checkpoint.files, "made_by": made_by}
+    told = {"remarks": checkpoint.remarks} if checkpoint.remarks else {}
+    return {"name": checkpoint.source, "files": checkpoint.files, "made_by": made_by, **told}
 
 
 def environment(device: torch.device) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -14,7 +15,6 @@ import torch
 from weightworks.errors import CheckpointError
 from weightworks.store.adapters import Adapter, LoRA
 from weightworks.store.checkpoint import Checkpoint
-from weightworks.store.sources import parts
 from weightworks.store.tensorfile import TensorInfo
 
 BLOCK = 1 << 20  # elements computed at a time
@@ -86,6 +86,7 @@ class AdaptedCheckpoint(Checkpoint):
     rows were asked for.
     """
 
+    base: Checkpoint | None = None
     adapters: tuple[Adapter, ...] = ()
     updates: Mapping[str, tuple[Update, ...]] | None = None
 
@@ -102,14 +103,18 @@ class AdaptedCheckpoint(Checkpoint):
             base.config,
             base.tensors,
             base._pickles,
+            base,
             tuple(adapters),
             {name: tuple(found) for name, found in updates.items()},
         )
 
     @property
     def name(self) -> str:
-        plain = Checkpoint(self.root, parts(self.source)[0], self.config, {})
-        return "+".join([plain.name, *(adapter.name.rsplit("/", maxsplit=1)[-1] for adapter in self.adapters)])
+        return "+".join(one.name for one in (self.base, *self.adapters) if one is not None)
+
+    @property
+    def roots(self) -> list[Path]:
+        return [self.root, *(adapter.root for adapter in self.adapters)]
 
     @property
     def as_stored(self) -> bool:
@@ -117,7 +122,8 @@ class AdaptedCheckpoint(Checkpoint):
 
     @property
     def remarks(self) -> list[str]:
-        name = self.name.partition("+")[0].rsplit("/", maxsplit=1)[-1].split("@")[0]
+        assert self.base is not None
+        name = self.base.name.split("@")[0].split("/")[-1]
         return [
             f"{adapter.name} says it was trained on {adapter.base}, not on {name}"
             for adapter in self.adapters

@@ -18,7 +18,7 @@ import torch
 
 from weightworks.errors import CheckpointError
 from weightworks.store.checkpoint import Checkpoint, read_json, read_pickle
-from weightworks.store.sources import Digests, cache_folder, resolve
+from weightworks.store.sources import Digests, cache_folder, is_folder, resolve
 from weightworks.store.tensorfile import TensorInfo, read_header
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
@@ -105,7 +105,7 @@ class Adapter:
     @property
     def name(self) -> str:
         """What people call it: the hub id, or the folder's name."""
-        return self.root.resolve().name if Path(self.source).expanduser().exists() else self.source
+        return self.root.resolve().name if is_folder(self.source) else self.source
 
     @cached_property
     def files(self) -> dict[str, str]:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from weightworks.errors import CheckpointError, nearest
-from weightworks.store.sources import Digests, cache_folder, parts, resolve
+from weightworks.store.sources import Digests, cache_folder, is_folder, parts, resolve
 from weightworks.store.tensorfile import TensorInfo, TensorSpec, read_bytes, read_header
 
 INDEX = "model.safetensors.index.json"
@@ -90,7 +90,12 @@ class Checkpoint:
     @property
     def name(self) -> str:
         """What people call it: the hub id, or the folder's name."""
-        return self.root.resolve().name if Path(self.source).expanduser().exists() else self.source
+        return self.root.resolve().name if is_folder(self.source) else self.source
+
+    @property
+    def roots(self) -> list[Path]:
+        """The folders it is read from; nothing may be written over them."""
+        return [self.root]
 
     @property
     def as_stored(self) -> bool:
