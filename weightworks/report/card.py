@@ -108,6 +108,48 @@ def merge_card(models: Sequence[Checkpoint], base: Checkpoint | None, name: str,
     )
 
 
+def adapter_card(names: Sequence[str], base: Checkpoint | None, name: str, provenance: dict[str, Any]) -> str:
+    """The card of a LoRA adapter called ``name``, made of other adapters or extracted from a checkpoint."""
+    identity, size, rows = provenance["identity"], provenance["size"], provenance["report"]
+    method = identity["method"].split(".")[-1]
+    known = str(provenance["config"]["base_model_name_or_path"] or (base.name if base is not None else "unknown"))
+    what = _joined([f"`{one}`" for one in names])
+    sentence = f"{what} relative to `{known}`" if method == "extract" else f"{what} merged by {method}"
+    ranks = sorted({row["rank"] for row in rows if row.get("rank")})
+    shown = f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}" if ranks else "none"
+    facts = [("adapter file", f"{size['bytes_out']:,} bytes, rank {shown}")]
+    if (share := provenance.get("residual")) is not None:
+        against = "the difference" if method == "extract" else "the weighted sum"
+        facts.append((f"distance from {against}", f"{share['total']:.3%} of its norm, {share['stored']:.3%} as stored"))
+    for key, value in (provenance.get("quality") or {}).items():
+        facts.append((f"perplexity on the built-in check text, {key}", f"{value:.3f}"))
+    facts.append(("checked with", provenance["checks"]["loader"]))
+    degraded = provenance["fallbacks"]
+    listed = "\n".join(f"- {line}" for line in degraded)
+    front = [f"base_model: {known}", "library_name: peft", "tags:", "- weightworks", "- lora", "- merge"]
+    loading = [
+        "from peft import PeftModel",
+        "from transformers import AutoModelForCausalLM\n",
+        f'model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{known}"), "{name}")',
+    ]
+    words = (
+        ["merge extract-lora", *([base.name] if base else [])]
+        if method == "extract"
+        else ["merge lora --method", method]
+    )
+    words += [*map(shlex.quote, names)]
+    words += ["--base", shlex.quote(base.name)] if base is not None and method != "extract" else []
+    return _filled(
+        front="\n".join(front),
+        name=name,
+        sentence=f"A LoRA adapter: {sentence}.",
+        facts="\n".join(f"| {key} | {value} |" for key, value in facts),
+        snippet="\n".join(loading),
+        command=" ".join([*words, *flags({**identity["options"], "seed": identity["seed"]})]),
+        fallbacks=f"## Not as it seems\n\n{listed}\n" if degraded else "",
+    )
+
+
 def merge_command(provenance: dict[str, Any], names: Sequence[str], base: str | None) -> str:
     """The command line that makes the merge again, every option spelled out."""
     identity = provenance["identity"]

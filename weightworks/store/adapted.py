@@ -191,7 +191,7 @@ def fitted(adapter: Adapter, base: Checkpoint) -> Iterator[tuple[str, Update]]:
     found: list[tuple[str, Update]] = []
     lost, unlike = [], []
     for name, shape, update in wanted:
-        target = name if name in base.tensors else _same_ending(name, ends, base.tensors)
+        target = _place(name, ends, base.tensors)
         if target is None:
             lost.append(name)
         elif base.tensors[target].shape != shape:
@@ -208,6 +208,11 @@ def fitted(adapter: Adapter, base: Checkpoint) -> Iterator[tuple[str, Update]]:
     return iter(found)
 
 
+def place(name: str, base: Checkpoint) -> str | None:
+    """The base's tensor that an adapter means by ``name``; None if there is none."""
+    return _place(name, _by_ending(base.tensors), base.tensors)
+
+
 def _by_ending(tensors: Mapping[str, TensorInfo]) -> dict[str, list[str]]:
     """Tensor names by each of their endings of two words or more; checkpoints may lack the model's own prefix."""
     ends: dict[str, list[str]] = {}
@@ -218,8 +223,10 @@ def _by_ending(tensors: Mapping[str, TensorInfo]) -> dict[str, list[str]]:
     return ends
 
 
-def _same_ending(name: str, ends: Mapping[str, list[str]], tensors: Mapping[str, TensorInfo]) -> str | None:
-    """The one tensor whose name ends in ``name``, or is an ending of it that says which block; None if there is no such."""
+def _place(name: str, ends: Mapping[str, list[str]], tensors: Mapping[str, TensorInfo]) -> str | None:
+    """The tensor ``name``, or the one whose name ends so, or is an ending of it; None if there is no such."""
+    if name in tensors:
+        return name
     if len(found := ends.get(name, [])) == 1:
         return found[0]
     words = name.split(".")

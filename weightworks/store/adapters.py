@@ -6,6 +6,8 @@ whose names are those of the model's modules after ``base_model.model.``.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -115,6 +117,11 @@ class Adapter:
         found = {name: digests.file(self.root / name) for name in [CONFIG, *names]}
         digests.save()
         return found
+
+    @cached_property
+    def digest(self) -> str:
+        """sha256 over the names and contents of ``files``."""
+        return hashlib.sha256(json.dumps(self.files, sort_keys=True).encode()).hexdigest()
 
     @property
     def base(self) -> str | None:

@@ -106,6 +106,10 @@ class Skeleton:
         """The module that parameter ``name`` belongs to."""
         return self._holders[name][0][0]
 
+    def holders(self, name: str) -> list[nn.Module]:
+        """All modules that share parameter ``name``."""
+        return [module for module, _ in self._holders[name]]
+
     def mismatches(self, view: DenseView) -> list[str]:
         """Tensors whose shape is not that of their place in the model, each with both shapes."""
         found = []
