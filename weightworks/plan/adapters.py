@@ -52,8 +52,8 @@ def run_adapter(
     entry = catalog.find("adapter", name)
     module = entry.load()
     method = module.Method(module.Options.parse(options, where=entry.label))
-    job = _extraction(entry, method, inputs, settings, base, output_dir, progress) if name == EXTRACT else None
-    job = job or _combination(entry, method, inputs, settings, base, output_dir, progress)
+    make = _extraction if name == EXTRACT else _combination
+    job: Job = make(entry, method, inputs, settings, base, output_dir, progress)
     target = job.target
     if target.exists() and (not target.is_dir() or read_provenance(target) is None):
         check_target(target, overwrite=settings.overwrite)
@@ -118,7 +118,7 @@ def _inner(method: Any, count: int) -> tuple[Any, dict[str, Any]]:
         values[name.replace("-", "_")] = _value(value)
     options = module.Options.parse(values, where=entry.label)
     inner = module.Method(options)
-    if inner.LEAST > count or (inner.MOST is not None and count > inner.MOST):
+    if count < inner.LEAST or (inner.MOST is not None and count > inner.MOST):
         most = "any number" if inner.MOST is None else inner.MOST
         raise UsageError(f"{entry.label} takes {inner.LEAST} to {most} models, {count} adapters were given")
     return inner, {"inner": {"method": entry.label, "options": options.resolved(), **entry.version_facts()}}
