@@ -19,7 +19,10 @@ from cli.scores import show_scores
 from weightworks.errors import UsageError
 from weightworks.stage import catalog
 
-MODEL = Annotated[str, typer.Argument(metavar="MODEL", help="a local folder, or org/name[@revision] on the hub")]
+MODEL = Annotated[
+    str,
+    typer.Argument(metavar="MODEL", help="a local folder, or org/name[@revision] on the hub; MODEL+ADAPTER adds LoRA"),
+]
 JSON = Annotated[bool, typer.Option("--json", help="the report as one JSON object on stdout")]
 QUIET = Annotated[bool, typer.Option("-q", "--quiet", help="errors only")]
 VERBOSE = Annotated[bool, typer.Option("-v", "--verbose", help="more detail")]
@@ -264,7 +267,18 @@ def inspect(
     pairs(
         {
             key: facts[key]
-            for key in ("model", "architecture", "parameters", "bytes", "bits_a_parameter", "format", "files")
+            for key in (
+                "model",
+                "adapters",
+                "remarks",
+                "architecture",
+                "parameters",
+                "bytes",
+                "bits_a_parameter",
+                "format",
+                "files",
+            )
+            if facts.get(key)
         }
     )
     head = ["tensors", "count", "shape", "stored as", "bits", "bytes", *(["zeros"] if sparsity else [])]

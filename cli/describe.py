@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import groupby
 from typing import Any
 
@@ -16,16 +16,18 @@ from weightworks.stage.catalog import Entry
 HEAD = ("option", "type", "default", "meaning")
 
 
-def tell(name: str | None, *, json: bool, shelf: str | None = None) -> None:
-    """All methods (of one ``shelf``), or the one called ``name``. Raises :class:`UsageError` if there is none of that name."""
+def tell(name: str | None, *, json: bool, shelves: Sequence[str | None] = (None,)) -> None:
+    """All methods (of some ``shelves``), or the one called ``name``. Raises :class:`UsageError` if there is none of that name."""
     if name is not None:
         describe(_named(name), json=json)
-    elif json:
-        facts = [_facts(entry) for entry in catalog.methods(shelf).values()]
+        return
+    found = [entry for shelf in shelves for entry in catalog.methods(shelf).values()]
+    if json:
+        facts = [_facts(entry) for entry in found]
         refused = [{**_facts(entry), "broken": entry.broken} for entry in catalog.broken()]
         emit({"methods": facts, "broken": refused})
     else:
-        listing([_facts(entry) for entry in catalog.methods(shelf).values()])
+        listing([_facts(entry) for entry in found])
 
 
 def listing(rows: list[dict[str, Any]]) -> None:

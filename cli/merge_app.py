@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from cli import adapters
 from cli.common import guarded, spell, version
 from cli.compress_app import JSON, QUIET, VERBOSE
 from cli.params import command, given, parameters
@@ -19,7 +20,7 @@ from weightworks.stage.catalog import Entry
 SETTINGS = (  # those of a run's settings that a merge heeds
     "seed", "device", "max_memory", "max_shard_size", "overwrite", "resume", "strict", "trust_remote_code", "allow_pickle",
 )  # fmt: skip
-COMMANDS: dict[str, Callable[..., int | None]] = {}  # beside the methods
+COMMANDS: dict[str, Callable[..., int | None]] = {**adapters.COMMANDS}  # beside the methods
 
 
 def merge(
@@ -186,7 +187,7 @@ def methods(
     """Every merge, its paper and its options."""
     from cli.describe import tell
 
-    tell(None if name is None else name.replace("-", "_"), json=json, shelf="merge")
+    tell(None if name is None else name.replace("-", "_"), json=json, shelves=("merge", "adapter"))
     return 0
 
 
@@ -218,7 +219,8 @@ def build(typed: str | None) -> typer.Typer:
         pattern.__doc__ = entry.summary
         app.command(name)(pattern)
     for name, function in {**COMMANDS, "methods": methods}.items():
-        app.command(name)(command(function, [], guarded(function)))
+        own = adapters.extra(name) if name == typed and name in adapters.COMMANDS else []
+        app.command(name)(command(function, own, guarded(function)))
     return app
 
 
@@ -234,7 +236,8 @@ def main() -> None:
     """Entry point of ``merge``."""
     sys.argv[1:] = spell(sys.argv[1:])
     typed = next((word for word in sys.argv[1:] if not word.startswith("-")), None)
-    if typed is not None and (hyphened := typed.replace("_", "-")) != typed and f"merge.{typed}" in _labels():
+    known = {*_labels(), *(f"merge.{name.replace('-', '_')}" for name in COMMANDS)}
+    if typed is not None and (hyphened := typed.replace("_", "-")) != typed and f"merge.{typed}" in known:
         sys.argv[sys.argv.index(typed)] = typed = hyphened
     build(typed)()
 

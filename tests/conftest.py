@@ -120,3 +120,25 @@ def make_checkpoint(tmp_path: Path) -> CheckpointMaker:
         return folder
 
     return make
+
+
+class AdapterMaker(Protocol):
+    """Writes a LoRA adapter with the library and returns its folder; names come without PEFT's prefix."""
+
+    def __call__(self, tensors: Mapping[str, torch.Tensor], *, name: str = "adapter", **config: Any) -> Path: ...
+
+
+@pytest.fixture
+def make_adapter(tmp_path: Path) -> AdapterMaker:
+    """A function that makes an adapter folder below ``tmp_path``; rank 2 and alpha 4 unless told otherwise."""
+
+    def make(tensors: Mapping[str, torch.Tensor], *, name: str = "adapter", **config: Any) -> Path:
+        folder = tmp_path / name
+        folder.mkdir()
+        settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "base_model_name_or_path": "checkpoint", **config}
+        (folder / "adapter_config.json").write_text(json.dumps(settings))
+        named = {f"base_model.model.{key}": tensor.contiguous() for key, tensor in tensors.items()}
+        save_file(named, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        return folder
+
+    return make

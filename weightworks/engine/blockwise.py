@@ -195,7 +195,8 @@ class Written:
     def read(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
         linear = self.job.linears.get(name)
         if linear is None:
-            return self.job.view.read(name, dtype)
+            stored = self.job.view.read(name)  # as it is copied: a sum with an adapter is rounded first
+            return stored if dtype is None else stored.to(dtype)
         if self.job.format is None or self.job.scheme is None:
             return self.writer.read(name, dtype)
         weight = self.job.format.load(self.writer, linear.base, self.job.scheme).dequantize()

@@ -31,15 +31,20 @@ PROOF_TOKENS = 16  # a window long enough for masks and positions to matter
 TOLERANCE = 1e-3  # relative difference of perplexity between the saved folder and memory; float32 gives about 1e-6
 
 
-class Loadable(Protocol):
-    """What loading and scoring a written checkpoint takes; ``skeleton`` is its structure."""
+class Runnable(Protocol):
+    """What sending tokens through a model takes; ``skeleton`` is its structure."""
 
     skeleton: Skeleton
     returns_tuple: int
-    settings: Settings
-    progress: Progress
     device: torch.device
     target: Path
+
+
+class Loadable(Runnable, Protocol):
+    """What loading and scoring a written checkpoint takes."""
+
+    settings: Settings
+    progress: Progress
 
     @property
     def expected(self) -> set[str]: ...
@@ -210,13 +215,13 @@ def verify(
     return checks
 
 
-def prove_written(job: Loadable, view: DenseView, probe: torch.Tensor) -> int:
+def prove_written(job: Runnable, view: DenseView, probe: torch.Tensor) -> int:
     """The replay proven on a written checkpoint, which also finds out how its blocks return; see :func:`prove`."""
     with shell(job.skeleton, view, job.device):
         return prove(job.skeleton, view, probe[:2, :PROOF_TOKENS].to(job.device))
 
 
-def stream_perplexity(job: Loadable, view: DenseReader, probe: torch.Tensor, blocks: int | None = None) -> float:
+def stream_perplexity(job: Runnable, view: DenseReader, probe: torch.Tensor, blocks: int | None = None) -> float:
     """Perplexity of ``probe`` [n, seq] in float32, one block in memory at a time."""
     hidden = int(job.skeleton.model.config.get_text_config().hidden_size)
     states = Activations((*probe.shape, hidden), torch.float32, job.target, "unused")

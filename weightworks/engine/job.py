@@ -26,6 +26,7 @@ from weightworks.report.card import model_card
 from weightworks.report.progress import Progress
 from weightworks.stage.protocols import Solution, Target
 from weightworks.stage.settings import Settings
+from weightworks.store.adapters import Adapter
 from weightworks.store.checkpoint import Checkpoint
 from weightworks.store.dense import DenseView
 from weightworks.store.formats import Format, find_format
@@ -268,15 +269,18 @@ def dense_config(config: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in config.items() if key not in ("quantization_config", "sparsity_config")}
 
 
-def origin(checkpoint: Checkpoint) -> dict[str, Any]:
-    """A checkpoint as provenance names it: by its name, its files' digests, and the stage that made it if there is one."""
+def origin(source: Checkpoint | Adapter) -> dict[str, Any]:
+    """An input as provenance names it: by its name, its files' digests, and the stage that made it if there is one."""
+    remarks = source.remarks if isinstance(source, Checkpoint) else []
     try:
-        parent = read_provenance(checkpoint.root)
+        whole = isinstance(source, Adapter) or source.as_stored  # no stage made a sum
+        parent = read_provenance(source.root) if whole else None
     except CheckpointError:  # a file of another tool
         parent = None
     keys = ("stage", "identity", "source", "calibration")
     made_by = None if parent is None else {key: parent.get(key) for key in keys}
-    return {"name": checkpoint.source, "files": checkpoint.files, "made_by": made_by}
+    told = {"remarks": remarks} if remarks else {}
+    return {"name": source.source, "files": source.files, "made_by": made_by, **told}
 
 
 def environment(device: torch.device) -> dict[str, Any]:

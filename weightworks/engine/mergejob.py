@@ -303,6 +303,7 @@ class MergeJob:
             if lacking:
                 what = "the base stands for" if self.options.on_missing == "base" else "merged without"
                 lines.append(f"{part.spec.name}: {what} {', '.join(lacking)}")
+        lines += [text for item in self.inputs for text in item.checkpoint.remarks]
         return lines + [f"configurations differ: {text}" for text in self.config_differences]
 
     def card(self, provenance: dict[str, Any]) -> str:

@@ -10,7 +10,7 @@ import weightworks
 from weightworks.plan.keys import environment
 from weightworks.plan.run import Plan, Step
 from weightworks.plan.task import SCORE
-from weightworks.store.sources import resolve
+from weightworks.store.sources import folders
 
 WEIGHTS = (".safetensors", ".bin")
 
@@ -35,14 +35,14 @@ def account(plan: Plan, seconds: float) -> dict[str, Any]:
 
 
 def _source(plan: Plan, name: str) -> dict[str, Any]:
-    folder = resolve(plan.recipe.sources[name])
-    weights = [path.stat().st_size for path in folder.iterdir() if path.suffix in WEIGHTS]
+    places = folders(plan.recipe.sources[name])
+    weights = [path.stat().st_size for place in places for path in place.iterdir() if path.suffix in WEIGHTS]
     return {
         "name": name,
         "use": "source",
         "from": {},
         "state": "source",
-        "folder": str(folder),
+        "folder": "+".join(map(str, places)),
         "bytes": sum(weights),
         "key": plan.keys[name].digest,
     }

@@ -10,6 +10,7 @@ from weightworks.errors import UsageError
 from weightworks.stage import catalog
 from weightworks.stage.protocols import Subject
 from weightworks.stage.settings import Settings
+from weightworks.store.checkpoint import Checkpoint
 
 
 def evaluate(
@@ -77,6 +78,9 @@ def evaluate(
     )
     base = baseline or models[0]
     subjects = [Subject(name, name) for name in dict.fromkeys([base, *models])]
+    for subject in subjects:
+        for remark in Checkpoint.open(subject.model, allow_pickle=allow_pickle).remarks:
+            say(f"note: {remark}")
     scores = run_scores(asked, subjects, base, settings, say)
     return {
         "baseline": base,

@@ -24,7 +24,7 @@ import weightworks
 from weightworks.plan.graph import Recipe, Stage
 from weightworks.stage import catalog
 from weightworks.stage.settings import Settings
-from weightworks.store.sources import Digests, resolve
+from weightworks.store.sources import Digests, folders
 
 NUMERIC = ("torch", "numpy", "scipy", "transformers", "safetensors")  # versions that may change a bit of the output
 CALIBRATION = ("dataset", "num_samples", "seq_len", "dtype")  # settings of methods that look at inputs
@@ -43,7 +43,7 @@ def stage_keys(recipe: Recipe, digests: Digests) -> dict[str, Key]:
     """The keys of all sources and stages of ``recipe``."""
     keys: dict[str, Key] = {}
     for name, model in recipe.sources.items():
-        keys[name] = _key({"source": digests.folder(resolve(model))})
+        keys[name] = _key({"source": contents(model, digests)})
     for name, stage in recipe.stages.items():
         inputs: dict[str, list[Any]] = {}
         for role, names in stage.inputs.items():
@@ -52,6 +52,15 @@ def stage_keys(recipe: Recipe, digests: Digests) -> dict[str, Key]:
             inputs[role] = [list(pair) for pair in zip(names, digests_of, strict=True)] if named else digests_of
         keys[name] = _key(material(stage, inputs, digests))
     return keys
+
+
+def contents(source: str, digests: Digests) -> dict[str, str]:
+    """Digests by name of the files of a source, those of its adapters after ``+`` and their number."""
+    model, *adapters = folders(source)
+    found = digests.folder(model)
+    for number, adapter in enumerate(adapters, 1):
+        found |= {f"+{number}/{name}": digest for name, digest in digests.folder(adapter).items()}
+    return found
 
 
 def material(stage: Stage, inputs: Mapping[str, Any], digests: Digests) -> dict[str, Any]:

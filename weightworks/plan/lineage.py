@@ -113,7 +113,8 @@ def values(stage: Mapping[str, Any]) -> dict[str, Any]:
     identity = stage["identity"]
     given = {name: value for name, value in identity["options"].items() if value not in (None, [])}
     given["seed"] = identity["seed"]
-    given["max_shard_size"] = f"{identity['max_shard_size']}B"
+    if "max_shard_size" in identity:  # adapters are one file
+        given["max_shard_size"] = f"{identity['max_shard_size']}B"
     if calibration := stage.get("calibration"):
         given["dataset"] = calibration["dataset"]
         given["num_samples"] = calibration["windows_requested"]

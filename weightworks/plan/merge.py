@@ -15,8 +15,8 @@ from weightworks.engine.finish import prove_written, publish, seal, stream_perpl
 from weightworks.engine.machine import free_memory, pick_device, resident
 from weightworks.engine.mergejob import Input, MergeJob, open_inputs
 from weightworks.engine.merging import LOOK, Merging, slab_rows
-from weightworks.errors import OutputError, ResourceError, WeightworksError
-from weightworks.plan.stage import Outcome, check_windows, finished, log_path, stored_dtype
+from weightworks.errors import ResourceError, WeightworksError
+from weightworks.plan.stage import Outcome, check_windows, finished, keep_inputs, log_path, short_name, stored_dtype
 from weightworks.report.progress import Progress
 from weightworks.stage import catalog
 from weightworks.stage.merging import is_whole
@@ -60,12 +60,7 @@ def run_merge(
     inputs, origin = (opened[:-1], opened[-1]) if base else (opened, None)
     before = None if earlier is None else Checkpoint.open(earlier, allow_pickle=settings.allow_pickle)
     target = (output_dir or default_target(inputs, origin, name)).absolute()
-    for item in opened:
-        root = item.checkpoint.root.resolve()
-        if target.resolve() in (root, *root.parents):
-            raise OutputError(
-                f"{target}: is an input, or holds one; it would be replaced", hint="choose another --output-dir"
-            )
+    keep_inputs(target, [item.checkpoint for item in opened])
     if target.exists() and (not target.is_dir() or read_provenance(target) is None):
         check_target(target, overwrite=settings.overwrite)
     device = pick_device(settings.device)
@@ -209,9 +204,7 @@ def sizes(job: MergeJob) -> dict[str, Any]:
 
 def default_target(models: Sequence[Input], base: Input | None, name: str) -> Path:
     """The reference's name plus what was done, in the current folder: ``tiny-llama-merge-ties``."""
-    checkpoint = (base or models[0]).checkpoint
-    known = checkpoint.source.split("@")[0].rstrip("/").split("/")[-1]
-    known = checkpoint.root.resolve().name if known in ("", ".", "..") else known
+    known = short_name((base or models[0]).checkpoint)
     return Path(f"{known}-merge-{name.replace('_', '-')}")
 
 

@@ -8,12 +8,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
+from weightworks.errors import CheckpointError
 from weightworks.plan.graph import base_name
 from weightworks.plan.located import UNKNOWN, Item, Place, Problems, names_in, substituted, texts_in
 from weightworks.plan.matrix import Draft, Multiplier, shown
 from weightworks.stage import catalog
 from weightworks.stage.settings import Settings
-from weightworks.store.sources import HUB_ID
+from weightworks.store.sources import HUB_ID, parts
 
 TOP = ("version", "extends", "vars", "sources", "stages", "report")
 STAGE = ("use", "from", "with", "matrix")
@@ -255,14 +256,17 @@ class Reader:
 def unreachable(source: str) -> str | None:
     """Why ``source`` cannot be a checkpoint, as far as a look at the disk can tell; None if it can."""
     try:
-        path = Path(source).expanduser()
-        if path.is_file():
-            return f"{source} is a file; give the checkpoint folder that holds it"
-        if path.is_dir() or HUB_ID.fullmatch(source):
-            return None
+        for part in parts(source):
+            path = Path(part).expanduser()
+            if path.is_file():
+                return f"{part} is a file; give the checkpoint folder that holds it"
+            if not path.is_dir() and not HUB_ID.fullmatch(part):
+                return f"no such folder {part}; a path is relative to the working directory"
     except (OSError, RuntimeError):  # a name too long for a file; a home that nobody has
-        pass
-    return f"no such folder {source}; a path is relative to the working directory"
+        return f"no such folder {source}; a path is relative to the working directory"
+    except CheckpointError as error:
+        return str(error)
+    return None
 
 
 def ordered(before: Mapping[str, Iterable[str]], circle: Callable[[list[str]], None]) -> list[str]:

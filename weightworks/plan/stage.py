@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -82,11 +82,7 @@ def run_stage(
     checkpoint = Checkpoint.open(model, allow_pickle=settings.allow_pickle)
     checkpoint = checkpoint if called is None else replace(checkpoint, source=called)
     target = (output_dir or default_target(checkpoint, name, method.options)).absolute()
-    root = checkpoint.root.resolve()
-    if target.resolve() in (root, *root.parents):
-        raise OutputError(
-            f"{target}: is the input, or holds it; it would be replaced", hint="choose another --output-dir"
-        )
+    keep_inputs(target, [checkpoint])
     if target.exists() and (not target.is_dir() or read_provenance(target) is None):
         check_target(target, overwrite=settings.overwrite)
     job = Job(entry.label, module.VERSION, method, settings, checkpoint, target, progress, pick_device(settings.device))
@@ -237,10 +233,28 @@ def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
     return max(amounts, key=lambda dtype: amounts[dtype])
 
 
+def keep_inputs(target: Path, checkpoints: Iterable[Checkpoint]) -> None:
+    """Refuse a target that is a folder of an input, or holds one."""
+    for root in (root.resolve() for checkpoint in checkpoints for root in checkpoint.roots):
+        if target.resolve() in (root, *root.parents):
+            raise OutputError(
+                f"{target}: is an input, or holds one; it would be replaced", hint="choose another --output-dir"
+            )
+
+
+def where(checkpoint: Checkpoint) -> str:
+    """The folders a checkpoint is read from, adapters after a ``+``."""
+    return "+".join(map(str, checkpoint.roots))
+
+
+def short_name(checkpoint: Checkpoint) -> str:
+    """The checkpoint's name without owner and revision; adapters after a ``+``."""
+    return "+".join(part.split("@")[0].split("/")[-1] for part in checkpoint.name.split("+"))
+
+
 def default_target(checkpoint: Checkpoint, method: str, options: Any) -> Path:
     """The model's name plus what was done, in the current folder: ``tiny-llama-gptq-w4g128``."""
-    name = checkpoint.source.split("@")[0].rstrip("/").split("/")[-1]
-    name = checkpoint.root.resolve().name if name in ("", ".", "..") else name
+    name = short_name(checkpoint)
     if (bits := getattr(options, "bits", None)) is None:
         return Path(f"{name}-{method}")
     size = getattr(options, "group_size", -1)
@@ -268,7 +282,7 @@ def finished(target: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
 
 def resolved(job: Job, calibration: Calibration | None, dtype: torch.dtype) -> dict[str, Any]:
     """The configuration as it will run, defaults included."""
-    facts: dict[str, Any] = {"method": job.label, "model": str(job.checkpoint.root), "output": str(job.target)}
+    facts: dict[str, Any] = {"method": job.label, "model": where(job.checkpoint), "output": str(job.target)}
     facts.update(job.options.resolved())
     if calibration is not None:
         windows, length = calibration.tokens.shape
@@ -279,7 +293,7 @@ def resolved(job: Job, calibration: Calibration | None, dtype: torch.dtype) -> d
             facts["calibration"] += f" (asked for {job.settings.seq_len} tokens, the model takes no more)"
         facts["dtype"] = str(dtype).removeprefix("torch.")
     facts.update(seed=job.settings.seed, device=str(job.device))
-    return facts
+    return facts | ({"note": remarks} if (remarks := job.checkpoint.remarks) else {})
 
 
 def sizes(job: Job) -> dict[str, Any]:

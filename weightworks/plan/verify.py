@@ -15,7 +15,7 @@ from weightworks.plan.stage import check_windows
 from weightworks.store.checkpoint import Checkpoint
 from weightworks.store.dense import DenseView
 from weightworks.store.manifest import changed_files, read_provenance
-from weightworks.store.sources import resolve
+from weightworks.store.sources import folders
 from weightworks.store.writer import check_finite
 from weightworks.stream.activations import Activations
 from weightworks.stream.passes import Windows, perplexity, shell, stream_losses
@@ -29,10 +29,10 @@ def verify(source: str, *, trust_remote_code: bool = False, allow_pickle: bool =
 
     Raises :class:`CheckpointError` where there is no checkpoint at all.
     """
-    root = resolve(source, allow_pickle=allow_pickle)
+    root = folders(source, allow_pickle=allow_pickle)[0]
     try:
-        checkpoint = Checkpoint.open(root, allow_pickle=allow_pickle)
-        provenance, view = read_provenance(root), DenseView(checkpoint)
+        checkpoint = Checkpoint.open(source, allow_pickle=allow_pickle)
+        provenance, view = read_provenance(root) if checkpoint.as_stored else None, DenseView(checkpoint)
     except WeightworksError as error:
         return [_check("files", False, str(error))]
     checks = [_files(root, provenance), _values(checkpoint)]
@@ -104,7 +104,11 @@ def _scores(
     streamed = score(view)
     whole = blocks == len(skeleton.blocks)
     part = "" if whole else f" (first {blocks} of {len(skeleton.blocks)} blocks: more do not fit in memory)"
-    if missing := stock_loader_missing(checkpoint):
+    if not checkpoint.as_stored:
+        yield _check(
+            "stock transformers", True, "not tried: adapters are added as weights are read, no file has the sum"
+        )
+    elif missing := stock_loader_missing(checkpoint):
         yield _check("stock transformers", True, f"not tried: {' and '.join(missing)} not installed")
     else:
         loaded = stock_losses(

@@ -43,7 +43,7 @@ def model_card(source: Checkpoint, name: str, provenance: dict[str, Any], dequan
     bits, group = options.get("bits"), options.get("group_size")
     method = identity["method"].split(".")[-1]
     group_text = "one scale a row" if group == -1 else f"groups of {group}"
-    sentence = f"`{source_name(source)}` quantized to {bits} bits ({method}, {group_text})."
+    sentence = f"`{source.name}` quantized to {bits} bits ({method}, {group_text})."
     quality = provenance.get("quality", {})
     size = provenance["size"]
     rows = [
@@ -77,20 +77,21 @@ def model_card(source: Checkpoint, name: str, provenance: dict[str, Any], dequan
 def merge_card(models: Sequence[Checkpoint], base: Checkpoint | None, name: str, provenance: dict[str, Any]) -> str:
     """The card of a merge called ``name``."""
     method = provenance["identity"]["method"].split(".")[-1]
-    names = [source_name(model) for model in models]
+    names = [model.name for model in models]
     sentence = f"{_joined([f'`{one}`' for one in names])} merged by {method}"
-    sentence += f", relative to `{source_name(base)}`." if base is not None else "."
+    sentence += f", relative to `{base.name}`." if base is not None else "."
     size, quality, facts = provenance["size"], provenance.get("quality") or {}, provenance.get("diagnosis") or {}
     rows = [("weights on disk", f"{size['bytes_out']:,} bytes")]
     if quality:
-        before = f"{quality['dense']:.3f} for `{source_name(base or models[0])}`, "
+        before = f"{quality['dense']:.3f} for `{(base or models[0]).name}`, "
         rows.append(("perplexity on the built-in check text", f"{before}{quality['result']:.3f} merged"))
     if facts:
         norms = ", ".join(f"{one} {norm:.4g}" for one, norm in zip(names, facts["delta_norms"], strict=False))
         rows.append(("norms of the task vectors", norms))
         rows.append(("elements on which models disagree in sign", f"{facts['sign_conflicts']:.1%}"))
     rows.append(("checked with", provenance["checks"]["loader"]))
-    lines = ["base_model:", *(f"- {one}" for one in dict.fromkeys([*([source_name(base)] if base else []), *names]))]
+    known = [one for source in [*([base] if base else []), *models] for one in made_of(source)]
+    lines = ["base_model:", *(f"- {one}" for one in dict.fromkeys(known))]
     lines += ["library_name: transformers", "tags:", "- weightworks", "- merge"]
     if license_ := source_license((base or models[0]).root):
         lines.append(f"license: {license_}")
@@ -102,7 +103,49 @@ def merge_card(models: Sequence[Checkpoint], base: Checkpoint | None, name: str,
         sentence=sentence,
         facts="\n".join(f"| {key} | {value} |" for key, value in rows),
         snippet=snippet(name, False),
-        command=merge_command(provenance, names, None if base is None else source_name(base)),
+        command=merge_command(provenance, names, None if base is None else base.name),
+        fallbacks=f"## Not as it seems\n\n{listed}\n" if degraded else "",
+    )
+
+
+def adapter_card(names: Sequence[str], base: Checkpoint | None, name: str, provenance: dict[str, Any]) -> str:
+    """The card of a LoRA adapter called ``name``, made of other adapters or extracted from a checkpoint."""
+    identity, size, rows = provenance["identity"], provenance["size"], provenance["report"]
+    method = identity["method"].split(".")[-1]
+    known = str(provenance["config"]["base_model_name_or_path"] or (base.name if base is not None else "unknown"))
+    what = _joined([f"`{one}`" for one in names])
+    sentence = f"{what} relative to `{known}`" if method == "extract" else f"{what} merged by {method}"
+    ranks = sorted({row["rank"] for row in rows if row.get("rank")})
+    shown = f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}" if ranks else "none"
+    facts = [("adapter file", f"{size['bytes_out']:,} bytes, rank {shown}")]
+    if (share := provenance.get("residual")) is not None:
+        against = "the difference" if method == "extract" else "the weighted sum"
+        facts.append((f"distance from {against}", f"{share['total']:.3%} of its norm, {share['stored']:.3%} as stored"))
+    for key, value in (provenance.get("quality") or {}).items():
+        facts.append((f"perplexity on the built-in check text, {key}", f"{value:.3f}"))
+    facts.append(("checked with", provenance["checks"]["loader"]))
+    degraded = provenance["fallbacks"]
+    listed = "\n".join(f"- {line}" for line in degraded)
+    front = [f"base_model: {known}", "library_name: peft", "tags:", "- weightworks", "- lora", "- merge"]
+    loading = [
+        "from peft import PeftModel",
+        "from transformers import AutoModelForCausalLM\n",
+        f'model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{known}"), "{name}")',
+    ]
+    words = (
+        ["merge extract-lora", *([base.name] if base else [])]
+        if method == "extract"
+        else ["merge lora --method", method]
+    )
+    words += [*map(shlex.quote, names)]
+    words += ["--base", shlex.quote(base.name)] if base is not None and method != "extract" else []
+    return _filled(
+        front="\n".join(front),
+        name=name,
+        sentence=f"A LoRA adapter: {sentence}.",
+        facts="\n".join(f"| {key} | {value} |" for key, value in facts),
+        snippet="\n".join(loading),
+        command=" ".join([*words, *flags({**identity["options"], "seed": identity["seed"]})]),
         fallbacks=f"## Not as it seems\n\n{listed}\n" if degraded else "",
     )
 
@@ -137,13 +180,15 @@ def _filled(**values: str) -> str:
     return TEMPLATE.format(**values).rstrip() + "\n"
 
 
-def source_name(source: Checkpoint) -> str:
-    """The source as people know it: a hub id, or the folder's name."""
-    return source.source if not Path(source.source).exists() else source.root.resolve().name
+def made_of(source: Checkpoint) -> list[str]:
+    """The names of a source's model and adapters."""
+    return [source.name] if source.as_stored else source.name.split("+")
 
 
 def front_matter(source: Checkpoint, bits: int | None) -> str:
-    lines = [f"base_model: {source_name(source)}", "library_name: transformers", "tags:", "- weightworks"]
+    names = made_of(source)
+    known = [f"base_model: {names[0]}"] if len(names) == 1 else ["base_model:", *(f"- {name}" for name in names)]
+    lines = [*known, "library_name: transformers", "tags:", "- weightworks"]
     if bits is not None:
         lines += ["- quantized", f"- {bits}-bit"]
     license_ = source_license(source.root)
@@ -175,7 +220,7 @@ def command(provenance: dict[str, Any], source: Checkpoint) -> str:
     """The command line that makes the folder again, every option spelled out."""
     identity = provenance["identity"]
     stage, method = identity["method"].split(".")
-    words = [f"compress {stage} {source_name(source)} --method {method}"]
+    words = [f"compress {stage} {source.name} --method {method}"]
     data = provenance.get("calibration", {})
     asked = {
         "dataset": data.get("dataset"),

@@ -31,10 +31,12 @@ def load(view: DenseView, dtype: torch.dtype, settings: Settings) -> tuple[Any, 
     the folder cannot be loaded at all.
     """
     device = device_of(settings)
-    if missing := stock_loader_missing(view.checkpoint):
+    missing = stock_loader_missing(view.checkpoint)
+    if missing or not view.checkpoint.as_stored:
         skeleton = build(view, trust_remote_code=settings.trust_remote_code)
         skeleton.load(view, [*skeleton.pieces], dtype)
-        model, loader = skeleton.model, f"weightworks' own decoder ({', '.join(missing)} not installed)"
+        reason = f"{', '.join(missing)} not installed" if missing else "adapters added to the weights"
+        model, loader = skeleton.model, f"weightworks' own reader ({reason})"
         model.config.use_cache = True
         return model.to(device), loader
     try:

@@ -34,6 +34,7 @@ SHELVES = {
     "recover": "compress.recover",
     "score": "weightworks.score",
     "merge": "merge",
+    "adapter": "merge.adapters",
 }
 ENTRY_POINTS = "weightworks.methods"  # a plug-in declares  "quantize.mine" = "package.module"
 HEAVY = ("torch", "numpy", "scipy")

@@ -23,21 +23,10 @@ LANES = 8  # 32-bit numbers in one step of the counter of Philox 4x64
 STATE = "state"  # the figure of a survey that is kept for the tensor, not added up
 
 
-class MergeOptions(Options):
-    """Options that every merge has. Those named in ``PER_MODEL`` hold one value for all models, or one for each."""
+class PerModelOptions(Options):
+    """Options of which those named in ``PER_MODEL`` hold one value for all models, or one for each."""
 
     PER_MODEL: ClassVar[tuple[str, ...]] = ()
-
-    on_missing: Literal["error", "base", "skip-model"] = Field(
-        "error",
-        description="when a model lacks a tensor: refuse, let the base stand for it, or merge the others without it",
-    )
-    out_dtype: Literal["same", "float32", "bfloat16", "float16"] = Field(
-        "same", description="dtype of the result; same: tensor by tensor that of the base, or of the first model"
-    )
-    check: Literal["full", "files"] = Field(
-        "full", description="before publishing: full loads the result with stock transformers, files reads it back"
-    )
 
     def each(self, name: str, count: int) -> list[float]:
         """Option ``name`` for each of ``count`` models."""
@@ -60,6 +49,21 @@ class MergeOptions(Options):
             if len(values) == count > 1:
                 update[name] = [values[model] for model in models]
         return self.model_copy(update=update)
+
+
+class MergeOptions(PerModelOptions):
+    """Options that every merge has."""
+
+    on_missing: Literal["error", "base", "skip-model"] = Field(
+        "error",
+        description="when a model lacks a tensor: refuse, let the base stand for it, or merge the others without it",
+    )
+    out_dtype: Literal["same", "float32", "bfloat16", "float16"] = Field(
+        "same", description="dtype of the result; same: tensor by tensor that of the base, or of the first model"
+    )
+    check: Literal["full", "files"] = Field(
+        "full", description="before publishing: full loads the result with stock transformers, files reads it back"
+    )
 
 
 class WeightedOptions(MergeOptions):

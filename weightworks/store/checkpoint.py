@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from weightworks.errors import CheckpointError, nearest
-from weightworks.store.sources import Digests, cache_folder, resolve
+from weightworks.store.sources import Digests, cache_folder, is_folder, parts, resolve
 from weightworks.store.tensorfile import TensorInfo, TensorSpec, read_bytes, read_header
 
 INDEX = "model.safetensors.index.json"
@@ -39,13 +39,17 @@ class Checkpoint:
 
     @classmethod
     def open(cls, source: str | Path, *, allow_pickle: bool = False) -> Checkpoint:
-        """Open a local folder, or a hub id ``org/name[@revision]``; only headers are read.
+        """Open a local folder, or a hub id ``org/name[@revision]``, either with ``+ADAPTER``; only headers are read.
 
         Raises :class:`CheckpointError` naming the file at fault: missing or empty folder, no ``config.json``, missing,
         truncated or corrupt shard, or pickled weights without ``allow_pickle``.
         """
+        if len(models := parts(str(source))) > 1:
+            from weightworks.store.adapted import open_adapted  # it is a checkpoint itself, so it stands above
+
+            return open_adapted(str(source), models, allow_pickle=allow_pickle)
         root = resolve(str(source), allow_pickle=allow_pickle)
-        config = _read_json(root / "config.json") if (root / "config.json").is_file() else None
+        config = read_json(root / "config.json") if (root / "config.json").is_file() else None
         if config is None:
             raise CheckpointError(
                 f"{root}: no config.json; a checkpoint folder holds config.json and *.safetensors",
@@ -77,11 +81,31 @@ class Checkpoint:
             files = _indexed(root, PICKLE_INDEX)
         tensors, loaded = {}, {}
         for file in files:
-            loaded[file] = state = _read_pickle(root / file)
+            loaded[file] = state = read_pickle(root / file)
             for name, tensor in state.items():
                 nbytes = tensor.numel() * tensor.element_size()
                 tensors[name] = TensorInfo(name, tuple(tensor.shape), tensor.dtype, nbytes, file, 0)
         return cls(root, source, config, tensors, loaded)
+
+    @property
+    def name(self) -> str:
+        """What people call it: the hub id, or the folder's name."""
+        return self.root.resolve().name if is_folder(self.source) else self.source
+
+    @property
+    def roots(self) -> list[Path]:
+        """The folders it is read from; nothing may be written over them."""
+        return [self.root]
+
+    @property
+    def as_stored(self) -> bool:
+        """Whether ``read`` gives what the files in ``root`` hold, so that other libraries load the same from there."""
+        return True
+
+    @property
+    def remarks(self) -> list[str]:
+        """What a user should be told about this input, a sentence each."""
+        return []
 
     @property
     def nbytes(self) -> int:
@@ -149,7 +173,7 @@ def _shards(root: Path) -> list[str]:
 
 def _indexed(root: Path, index: str) -> list[str]:
     """The files that an index names; every one must be there."""
-    mapped = _read_json(root / index).get("weight_map")
+    mapped = read_json(root / index).get("weight_map")
     if not isinstance(mapped, dict) or not all(isinstance(file, str) for file in mapped.values()):
         raise CheckpointError(f"{root / index}: no weight_map", hint="fetch the index again")
     shards = sorted(set(mapped.values()))
@@ -162,7 +186,7 @@ def _indexed(root: Path, index: str) -> list[str]:
 def _check_index(root: Path, tensors: Mapping[str, TensorInfo]) -> None:
     if not (root / INDEX).is_file():
         return
-    mapped = _read_json(root / INDEX)["weight_map"]
+    mapped = read_json(root / INDEX)["weight_map"]
     lost = sorted(name for name, shard in mapped.items() if name not in tensors or tensors[name].shard != shard)
     if lost:
         raise CheckpointError(
@@ -171,7 +195,8 @@ def _check_index(root: Path, tensors: Mapping[str, TensorInfo]) -> None:
         )
 
 
-def _read_pickle(path: Path) -> dict[str, torch.Tensor]:
+def read_pickle(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a pickle by name, mapped from the file where its age allows; nothing in it is run."""
     try:
         mappable = zipfile.is_zipfile(path)  # files older than torch 1.6 are not
         state = torch.load(path, map_location="cpu", mmap=mappable, weights_only=True)
@@ -186,7 +211,8 @@ def _read_pickle(path: Path) -> dict[str, torch.Tensor]:
     return state
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:

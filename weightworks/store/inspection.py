@@ -6,6 +6,7 @@ import math
 import re
 from typing import Any
 
+from weightworks.store.adapted import AdaptedCheckpoint
 from weightworks.store.checkpoint import Checkpoint
 from weightworks.store.dense import DenseView
 from weightworks.store.manifest import read_provenance
@@ -19,7 +20,7 @@ def inspect(source: str, *, sparsity: bool = False, allow_pickle: bool = False) 
     tensors = [_row(view, name, sparsity) for name in view.names]
     parameters = sum(row["elements"] for row in tensors)
     return {
-        "model": str(checkpoint.root),
+        "model": "+".join(map(str, checkpoint.roots)),
         "architecture": ", ".join(checkpoint.config.get("architectures") or ["unknown"]),
         "parameters": f"{parameters:,}",
         "bytes": f"{checkpoint.nbytes:,}",
@@ -30,10 +31,23 @@ def inspect(source: str, *, sparsity: bool = False, allow_pickle: bool = False) 
         f"{'one scale a row' if view.scheme.group_size == -1 else f'groups of {view.scheme.group_size}'}, "
         f"{'symmetric' if view.scheme.symmetric else 'asymmetric'}",
         "files": sorted({info.shard for info in checkpoint.tensors.values()}),
+        **adapted(checkpoint),
         "tensors": tensors,
         "groups": _groups(tensors),
         "lineage": lineage(read_provenance(checkpoint.root)),
     }
+
+
+def adapted(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What is added to the checkpoint, and what should be known of that."""
+    if not isinstance(checkpoint, AdaptedCheckpoint):
+        return {}
+    lines = [
+        f"{one.name}: rank {', '.join(map(str, sorted({pair.rank for pair in one.pairs.values()}))) or 'none'}, "
+        f"{len(one.pairs)} modules, {len(one.whole)} whole tensors"
+        for one in checkpoint.adapters
+    ]
+    return {"adapters": lines, "remarks": checkpoint.remarks}
 
 
 def lineage(provenance: dict[str, Any] | None) -> list[dict[str, Any]]:

@@ -38,6 +38,34 @@ def resolve(source: str, *, allow_pickle: bool = False) -> Path:
     return _download(source, allow_pickle)
 
 
+def parts(source: str) -> list[str]:
+    """``MODEL+ADAPTER+ADAPTER`` taken apart: the model, then the adapters that are to be added to it.
+
+    What is a folder is taken as it is, so a ``+`` in the name of one that exists does no harm.
+    """
+    words, found = source.split("+"), []
+    while words:
+        length = next((n for n in range(len(words), 1, -1) if is_folder("+".join(words[:n]))), 1)
+        found.append("+".join(words[:length]))
+        words = words[length:]
+    if len(found) > 1 and not all(part.strip() for part in found):
+        raise CheckpointError(f"{source}: nothing stands on one side of a '+'", hint="give MODEL+ADAPTER")
+    return found
+
+
+def folders(source: str, *, allow_pickle: bool = False) -> list[Path]:
+    """The local folders of ``MODEL+ADAPTER``: the model's, then those of its adapters."""
+    return [resolve(part, allow_pickle=allow_pickle) for part in parts(source)]
+
+
+def is_folder(path: str) -> bool:
+    """Whether ``path`` is a folder; no name is too odd to be asked for."""
+    try:
+        return Path(path).expanduser().is_dir()
+    except (OSError, RuntimeError, ValueError):  # too long for a file, a home that nobody has, a zero byte
+        return False
+
+
 def _download(source: str, allow_pickle: bool) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled

@@ -140,6 +140,14 @@ class CheckpointWriter:
                 raise
             os.ftruncate(descriptor, size)
 
+    def add(self, file: str, specs: Sequence[TensorSpec]) -> None:
+        """Plan and reserve one more side file, of tensors whose shapes the work itself has found out."""
+        self.side[file] = list(specs)
+        header, infos = build_header(specs, file)
+        self.tensors.update((info.name, info) for info in infos)
+        with writing(self.staging / file):
+            self._reserve(file, header)
+
     @property
     def files(self) -> dict[str, list[TensorSpec]]:
         """The tensors of every file to be written."""
@@ -287,7 +295,7 @@ class CheckpointWriter:
 
     def write_index(self) -> None:
         """The index of a sharded checkpoint; a single file needs none."""
-        if list(self.shards) == [SINGLE]:
+        if list(self.shards) in ([], [SINGLE]):
             return
         weights = {name: info for name, info in sorted(self.tensors.items()) if info.shard in self.shards}
         total = sum(info.nbytes for info in weights.values())
@@ -380,7 +388,7 @@ def plan_shards(specs: Iterable[TensorSpec], max_shard_bytes: int) -> dict[str, 
         shards[-1].append(spec)
         filled += spec.nbytes
     if len(shards) == 1:
-        return {SINGLE: shards[0]}
+        return {SINGLE: shards[0]} if shards[0] else {}
     return {f"model-{k:05d}-of-{len(shards):05d}.safetensors": shard for k, shard in enumerate(shards, 1)}
 
 

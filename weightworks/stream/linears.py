@@ -195,7 +195,7 @@ def watch(
 
 def read_linear(reader: DenseReader, linear: Linear) -> torch.Tensor:
     """The weight [out, in] in float32, whatever way it is stored."""
-    weight = reader.read(linear.tensor).float()
+    weight = reader.read(linear.tensor, torch.float32)
     return weight.T.contiguous() if linear.transposed else weight
 
 

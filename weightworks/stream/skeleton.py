@@ -82,11 +82,11 @@ class Skeleton:
         like = getattr(module, leaf)
         pieces = self.pieces[name]
         if len(pieces) == 1 and pieces[0].expert is None:
-            tensor = reader.read(pieces[0].tensor).to(dtype if like.dtype.is_floating_point else like.dtype)
+            tensor = reader.read(pieces[0].tensor, dtype if like.dtype.is_floating_point else like.dtype)
             return tensor.T.contiguous() if is_transposed(module) and reader.is_packed(pieces[0].tensor) else tensor
         whole = torch.empty(like.shape, dtype=dtype)
         for piece in pieces:
-            place(whole, piece).copy_(reader.read(piece.tensor))
+            place(whole, piece).copy_(reader.read(piece.tensor, dtype))
         return whole
 
     def assign(self, name: str, tensor: torch.Tensor) -> None:
@@ -105,6 +105,10 @@ class Skeleton:
     def holder(self, name: str) -> nn.Module:
         """The module that parameter ``name`` belongs to."""
         return self._holders[name][0][0]
+
+    def holders(self, name: str) -> list[nn.Module]:
+        """All modules that share parameter ``name``."""
+        return [module for module, _ in self._holders[name]]
 
     def mismatches(self, view: DenseView) -> list[str]:
         """Tensors whose shape is not that of their place in the model, each with both shapes."""
