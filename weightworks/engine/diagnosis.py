@@ -87,7 +87,7 @@ class Diagnosis:
 @torch.no_grad()
 def diagnose(job: MergeJob) -> Diagnosis:
     """Look at every tensor that will be merged; of models without a base, deltas are from their mean."""
-    result, count = Diagnosis(), len(job.models)
+    result, count = Diagnosis(), len(job.members)
     for part in job.merged:
         if len(part.models) != count:
             continue

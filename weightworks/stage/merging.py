@@ -35,6 +35,10 @@ class MergeOptions(Options):
     out_dtype: Literal["same", "float32", "bfloat16", "float16"] = Field(
         "same", description="dtype of the result; same: tensor by tensor that of the base, or of the first model"
     )
+    align: bool = Field(
+        False,
+        description="first put the units and heads of every model in the order that fits the base, or the first model",
+    )
     check: Literal["full", "files"] = Field(
         "full", description="before publishing: full loads the result with stock transformers, files reads it back"
     )
@@ -143,6 +147,9 @@ class Merger(Protocol):
 
     Besides what is below, the class says: ``BASE``, whether a base is "required", "optional" or "refused"; ``LEAST`` and
     ``MOST`` (None: any number), how many models it takes. It may say ``WHOLE = True``: slabs are whole tensors.
+
+    A method that looks at held-out text first has two functions more, and no surveys: ``held_out(count) -> HeldOut | None``,
+    what it wants for so many models, None: nothing; ``fit(bench: Bench) -> Fit``, which makes its choice.
     """
 
     BASE: ClassVar[Literal["required", "optional", "refused"]]
@@ -158,3 +165,61 @@ class Merger(Protocol):
 
         ``found`` is what the last survey concluded, None if there is none.
         """
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """What a method wants of held-out text before it merges: the ``text`` to choose by, and one to ``report`` on.
+
+    Windows are of ``tokens`` in all at most (None: the whole text). ``scores`` is how often a model is scored on it,
+    ``whole`` whether all models are held in memory at once.
+    """
+
+    text: str
+    report: str | None
+    tokens: int | None
+    scores: int
+    whole: bool = False
+
+
+class Whole(Protocol):
+    """All models in memory, for methods that need gradients.
+
+    ``stacks`` are their parameters, float32 [N, ...]; ``blocks`` says which block a parameter is in, ``tensors`` which
+    tensors of the checkpoint make it. ``windows`` int64 [n, seq] are the held-out text.
+    """
+
+    stacks: Mapping[str, torch.Tensor]
+    blocks: Mapping[str, str]
+    tensors: Mapping[str, Sequence[str]]
+    windows: torch.Tensor
+
+    def logits(self, parameters: Mapping[str, torch.Tensor], tokens: torch.Tensor) -> torch.Tensor:
+        """Logits [batch, seq, vocabulary] for ``tokens`` [batch, seq] of the model with ``parameters``."""
+
+
+class Bench(Protocol):
+    """Where a method tries merges on held-out text; nothing is written for it but the scores, each taken once."""
+
+    names: Sequence[str]
+
+    def perplexity(self, members: Sequence[int], found: Any = None) -> float:
+        """That of what the method makes of ``members`` (numbers of models) with ``found``, rounded as it would be stored.
+
+        NaN if a tensor of theirs holds NaN or infinity.
+        """
+
+    def whole(self, members: Sequence[int]) -> Whole:
+        """``members`` in memory."""
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What came of it: the ``members`` to merge, in argument order, ``found`` as the first survey or ``merge`` is handed it.
+
+    ``facts`` go to the report: JSON-compatible data, ``lines`` among them what a person is told.
+    """
+
+    members: Sequence[int]
+    found: Any
+    facts: Mapping[str, Any]
