@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -36,6 +37,11 @@ def learn(whole: Whole, per: str, epochs: int) -> Learned:
     Starts from the uniform soup and beta = 1; AdamW without weight decay, windows in text order (Wortsman et al. 2022,
     appendix I). Raises nothing: a loss that is no number is returned as it is.
     """
+    with repeatable():
+        return _learn(whole, per, epochs)
+
+
+def _learn(whole: Whole, per: str, epochs: int) -> Learned:
     groups = {name: group_of(whole, name, per) for name in whole.stacks}
     count = next(iter(whole.stacks.values())).shape[0]
     logits = {group: torch.zeros(count, requires_grad=True) for group in dict.fromkeys(groups.values())}
@@ -58,6 +64,17 @@ def learn(whole: Whole, per: str, epochs: int) -> Learned:
         losses.append(total / tokens_seen)
     weights = {group: value.detach().double().softmax(0).tolist() for group, value in logits.items()}
     return Learned(weights, losses, float(beta.detach()))
+
+
+@contextmanager
+def repeatable() -> Iterator[None]:
+    """Only kernels whose sums do not depend on which thread comes first: the weights must be the same the next time."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
 
 
 def mix(alpha: torch.Tensor, stack: torch.Tensor) -> torch.Tensor:

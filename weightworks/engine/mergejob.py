@@ -127,6 +127,11 @@ class MergeJob:
         return self.base or self.models[0]
 
     @property
+    def compared(self) -> Input:
+        """The input that the result is compared with: the base, or the first that is merged."""
+        return self.base or self.models[self.members[0]]
+
+    @property
     def checkpoint(self) -> Checkpoint:
         return self.reference.checkpoint
 

@@ -166,7 +166,7 @@ class WholeModels:
             alone.choose([number])
             views.append(MergedView(alone))
         self.stacks: Mapping[str, torch.Tensor] = {
-            name: torch.stack([skeleton.assemble(view, name, torch.float32) for view in views])
+            name: torch.stack([skeleton.assemble(view, name, torch.float32).cpu() for view in views])
             for name in skeleton.pieces
             if skeleton.get(name).is_floating_point()
         }

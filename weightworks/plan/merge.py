@@ -152,7 +152,7 @@ def check(job: MergeJob, staged: Checkpoint) -> tuple[dict[str, Any], dict[str, 
     probe = probe[:count, :length].contiguous()
     job.returns_tuple = prove_written(job, view, probe)
     result = stream_perplexity(job, view, probe)
-    quality = {"dense": stream_perplexity(job, DenseView(job.checkpoint), probe), "result": result}
+    quality = {"dense": stream_perplexity(job, DenseView(job.compared.checkpoint), probe), "result": result}
     blocks = len(job.skeleton.blocks) if parameters <= LOADED else 1
     partial = result if blocks == len(job.skeleton.blocks) else None
     checks = verify(job, staged, probe, {"result": result, "partial": partial}, blocks)

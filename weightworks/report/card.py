@@ -82,13 +82,13 @@ def merge_card(models: Sequence[Checkpoint], base: Checkpoint | None, name: str,
     sentence += f", relative to `{source_name(base)}`." if base is not None else "."
     size, quality, facts = provenance["size"], provenance.get("quality") or {}, provenance.get("diagnosis") or {}
     rows = [("weights on disk", f"{size['bytes_out']:,} bytes")]
-    if quality:
-        before = f"{quality['dense']:.3f} for `{source_name(base or models[0])}`, "
-        rows.append(("perplexity on the built-in check text", f"{before}{quality['result']:.3f} merged"))
-    members = names
-    if (selection := provenance.get("selection")) is not None:
+    selection, members = provenance.get("selection"), names
+    if selection is not None:
         members = [source_name(model) for model in models if model.source in selection["members"]]
         rows += _chosen(selection, members)
+    if quality:
+        before = f"{quality['dense']:.3f} for `{source_name(base) if base else members[0]}`, "
+        rows.append(("perplexity on the built-in check text", f"{before}{quality['result']:.3f} merged"))
     if facts:
         norms = ", ".join(f"{one} {norm:.4g}" for one, norm in zip(members, facts["delta_norms"], strict=False))
         rows.append(("norms of the task vectors", norms))
