@@ -90,10 +90,8 @@ def _parameter(
         shown = " ".join(map(str, default)) if isinstance(default, list) else ("sym" if name == "sym" else str(default))
         help_ += f"; default: {shown}" if not isinstance(default, bool) or name == "sym" else ""
     if kind is bool:
-        if name in OPPOSITES:
-            flags = [f"{flag}/{OPPOSITES[name]}"]
-        else:
-            flags = [f"{flag}/--no-{name.replace('_', '-')}"] if default else [flag]
+        opposite = OPPOSITES.get(name, f"--no-{name.replace('_', '-')}")
+        flags = [f"{flag}/{opposite}"]  # both, whatever the default: the command on a card spells every option out
     else:
         flags = [*ALIASES.get(name, []), flag]
     metavar = "X,Y,..." if kind is NUMBERS else None

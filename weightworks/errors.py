@@ -46,6 +46,10 @@ class MethodError(WeightworksError):
     """A method cannot do what was asked on this checkpoint; every offending tensor is named."""
 
 
+class NotFiniteError(MethodError):
+    """A tensor of an input holds NaN or infinite values."""
+
+
 class ResourceError(WeightworksError):
     """The estimate exceeds the memory or disk at hand."""
 

@@ -89,7 +89,7 @@ class Diagnosis:
 def diagnose(job: MergeJob) -> Diagnosis:
     """Look at every tensor that will be merged; of models without a base, deltas are from their mean."""
     with one_thread():  # a sample is too little to be divided
-        complete = [part for part in job.merged if len(part.models) == len(job.models)]
+        complete = [part for part in job.merged if len(part.models) == len(job.members)]
         return Diagnosis({part.spec.name: look(job, part) for part in complete})
 
 

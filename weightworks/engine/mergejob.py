@@ -15,7 +15,7 @@ import torch
 
 import weightworks
 from weightworks.engine.job import dense_config, environment, origin
-from weightworks.errors import MethodError, UsageError, WeightworksError
+from weightworks.errors import MethodError, NotFiniteError, UsageError, WeightworksError
 from weightworks.report.card import merge_card
 from weightworks.report.progress import Progress
 from weightworks.stage.settings import Settings
@@ -93,14 +93,29 @@ class MergeJob:
     progress: Progress
     device: torch.device
     earlier: Checkpoint | None = None
+    members: tuple[int, ...] = field(init=False)  # those of the models that are merged
     parts: list[Part] = field(init=False, default_factory=list)
     left_out: dict[str, str] = field(init=False, default_factory=dict)  # input tensors that go nowhere, and why
+    selection: dict[str, Any] | None = field(init=False, default=None)  # how the members were chosen
     skeleton: Any = field(init=False, default=None)  # of the written output, once it is there
     returns_tuple: int = field(init=False, default=0)
 
     def __post_init__(self) -> None:
         self._check_inputs()
+        self.members = tuple(range(len(self.models)))
         self._plan()
+
+    def choose(self, members: Sequence[int]) -> None:
+        """Merge ``members`` alone, numbers among the models. The output's tensors stay the same."""
+        self.members = tuple(members)
+        self.parts.clear()
+        self.left_out.clear()
+        self._plan()
+
+    @cached_property
+    def keys(self) -> tuple[str, ...]:
+        """What stands for the content of each model."""
+        return tuple(item.checkpoint.digest for item in self.models)
 
     @property
     def options(self) -> Any:
@@ -110,6 +125,11 @@ class MergeJob:
     def reference(self) -> Input:
         """The input whose names, shapes, dtypes and small files the output has: the base, or else the first model."""
         return self.base or self.models[0]
+
+    @property
+    def compared(self) -> Input:
+        """The input that the result is compared with: the base, or the first that is merged."""
+        return self.base or self.models[self.members[0]]
 
     @property
     def checkpoint(self) -> Checkpoint:
@@ -161,8 +181,10 @@ class MergeJob:
     def _plan(self) -> None:
         """What every tensor of the output is made of; all that does not fit is told at once."""
         problems: list[str] = []
+        alone = type(self.method)(self.options.only(self.members, len(self.models)))
+        method = self.method if len(self.members) == len(self.models) else alone
         for name, spec in sorted(self.reference.tensors.items()):
-            part = self._part(name, spec, problems)
+            part = self._part(name, spec, method, problems)
             if part is not None:
                 self.parts.append(part)
         problems += self._extra()
@@ -174,9 +196,9 @@ class MergeJob:
                 hint="merge models of one shape; for tensors that some lack, --on-missing base or skip-model",
             )
 
-    def _part(self, name: str, spec: TensorSpec, problems: list[str]) -> Part | None:
-        having = [number for number, item in enumerate(self.models) if name in item.tensors]
-        lacking = [item.name for number, item in enumerate(self.models) if number not in having]
+    def _part(self, name: str, spec: TensorSpec, method: Any, problems: list[str]) -> Part | None:
+        having = [number for number in self.members if name in self.models[number].tensors]
+        lacking = [self.models[number].name for number in self.members if number not in having]
         policy = self.options.on_missing
         if lacking and policy == "error":
             problems.append(f"{name}: not in {', '.join(lacking)}")
@@ -191,12 +213,9 @@ class MergeJob:
         if not spec.dtype.is_floating_point:
             return Part(spec, models, base, None)
         if lacking and policy == "base":
-            return Part(
-                self._stored(spec), tuple((number, name) for number in range(len(self.models))), base, self.method
-            )
+            return Part(self._stored(spec), tuple((number, name) for number in self.members), base, method)
         if not having:
             return Part(spec, (), base, None)
-        method = self.method
         if lacking:
             method = type(self.method)(self.options.only(having, len(self.models)))
         return Part(self._stored(spec), models, base, method)
@@ -250,7 +269,7 @@ class MergeJob:
             rows = item.reader.read(name, torch.float32).reshape(1)
         if not torch.isfinite(rows.sum()) and not torch.isfinite(rows).all():
             bad = int((~torch.isfinite(rows)).sum())
-            raise MethodError(
+            raise NotFiniteError(
                 f"tensor '{name}' of {item.name} holds {bad} NaN or infinite values",
                 hint="repair or leave out this model",
             )
@@ -298,8 +317,11 @@ class MergeJob:
     def uncovered(self) -> list[str]:
         """Tensors that not all models have, and configurations that differ: a merge all the same, but not as it seems."""
         lines = [f"{name}: left out, {reason}" for name, reason in self.left_out.items()]
+        rejected = self.selection["rejected"] if self.selection else []
+        lines += [f"{name}: no candidate, its weights or its perplexity are not finite" for name in rejected]
         for part in self.merged:
-            lacking = [item.name for item in self.models if part.spec.name not in item.tensors]
+            members = [self.models[number] for number in self.members]
+            lacking = [item.name for item in members if part.spec.name not in item.tensors]
             if lacking:
                 what = "the base stands for" if self.options.on_missing == "base" else "merged without"
                 lines.append(f"{part.spec.name}: {what} {', '.join(lacking)}")

@@ -43,9 +43,8 @@ def slab_rows(shape: tuple[int, ...], inputs: int, most: int = SLAB) -> int:
 class Merging:
     """A merge on its way."""
 
-    def __init__(self, job: MergeJob, writer: CheckpointWriter, diagnosis: Diagnosis) -> None:
-        self.job, self.writer, self.diagnosis = job, writer, diagnosis
-        self.keys = tuple(item.checkpoint.digest for item in job.models)
+    def __init__(self, job: MergeJob, writer: CheckpointWriter, diagnosis: Diagnosis, fitted: Any = None) -> None:
+        self.job, self.writer, self.diagnosis, self.fitted = job, writer, diagnosis, fitted
         self.earlier: Mapping[str, TensorInfo] = {}
         if job.earlier is not None:
             self.earlier = earlier_state(job.earlier)
@@ -106,6 +105,7 @@ class Merging:
     def _survey(self, number: int, method: Any) -> Any:
         """What the whole-model surveys of ``method`` conclude."""
         found = self._earlier_found() if number == 0 else None
+        found = self.fitted if found is None else found
         for place, survey in enumerate(surveys_of(method, "model")):
             step = f"survey {number}.{place}"
             if step not in self.writer.steps:
@@ -203,23 +203,7 @@ class Merging:
         self.writer.copy_from(item.checkpoint, part.spec.name)
 
     def _slabs(self, part: Part, asking: Any, *, most: int = SLAB) -> Iterator[Slab]:
-        """The slabs of one tensor that a survey or the method asks for, in order of rows."""
-        job, name = self.job, part.spec.name
-        shape = part.spec.shape or (1,)
-        step = shape[0] if is_whole(asking, name, shape) else slab_rows(shape, len(part.models), most)
-        for start in range(0, shape[0], max(step, 1)):
-            stop = min(start + step, shape[0])
-            base = None if job.base is None or part.base is None else job.read(job.base, part.base, start, stop)
-            models = tuple(self._rows(number, tensor, base, start, stop) for number, tensor in part.models)
-            keys = tuple(self.keys[number] for number, _ in part.models)
-            yield Slab(name, shape, start, models, base, keys, job.settings.seed, self._state(part, start, stop))
-
-    def _rows(self, number: int, tensor: str, base: torch.Tensor | None, start: int, stop: int) -> torch.Tensor:
-        """Rows of a model; where it lacks the tensor, the base stands for it."""
-        item = self.job.models[number]
-        if tensor in item.tensors or base is None:
-            return self.job.read(item, tensor, start, stop)
-        return base.clone()
+        return slabs(self.job, part, asking, most=most, state=self._state)
 
     def _state(self, part: Part, start: int, stop: int) -> torch.Tensor | None:
         """What was kept of a tensor: by this run if it did already, else by the merge that is continued."""
@@ -256,6 +240,32 @@ def batches(parts: Sequence[Part]) -> Iterator[list[Part]]:
             batch, held = [], 0
     if batch:
         yield batch
+
+
+def slabs(
+    job: MergeJob,
+    part: Part,
+    asking: Any,
+    *,
+    most: int = SLAB,
+    state: Callable[[Part, int, int], torch.Tensor | None] = lambda part, start, stop: None,
+) -> Iterator[Slab]:
+    """The slabs of one tensor that a survey or the method asks for, in order of rows; ``state`` gives what a survey kept of
+    its rows."""
+
+    def rows(number: int, tensor: str, base: torch.Tensor | None) -> torch.Tensor:
+        """Rows of a model; where it lacks the tensor, the base stands for it."""
+        item = job.models[number]
+        return job.read(item, tensor, start, stop) if tensor in item.tensors or base is None else base.clone()
+
+    shape = part.spec.shape or (1,)
+    step = shape[0] if is_whole(asking, part.spec.name, shape) else slab_rows(shape, len(part.models), most)
+    keys = tuple(job.keys[number] for number, _ in part.models)
+    for start in range(0, shape[0], max(step, 1)):
+        stop = min(start + step, shape[0])
+        base = None if job.base is None or part.base is None else job.read(job.base, part.base, start, stop)
+        models = tuple(rows(number, tensor, base) for number, tensor in part.models)
+        yield Slab(part.spec.name, shape, start, models, base, keys, job.settings.seed, state(part, start, stop))
 
 
 def surveys_of(method: Any, scope: str) -> list[Survey]:

@@ -16,6 +16,7 @@ from weightworks.engine.machine import free_memory, pick_device, resident
 from weightworks.engine.mergejob import Input, MergeJob, open_inputs
 from weightworks.engine.merging import LOOK, Merging, slab_rows
 from weightworks.errors import ResourceError, WeightworksError
+from weightworks.plan.heldout import costs, digests, fit, held_out
 from weightworks.plan.stage import Outcome, check_windows, finished, keep_inputs, log_path, short_name, stored_dtype
 from weightworks.report.progress import Progress
 from weightworks.stage import catalog
@@ -67,20 +68,22 @@ def run_merge(
     job = MergeJob(
         entry.label, module.VERSION, method, settings, inputs, origin, target, progress, device, earlier=before
     )
-    diagnosis = diagnose(job)
+    wanted = held_out(job)
+    texts = digests(wanted)
+    diagnosis = Diagnosis() if wanted else diagnose(job)  # candidates may hold NaN; the chosen are looked at
     announce(resolved(job, diagnosis))
     if not dry_run or target.exists():
-        identity = job.identity(**entry.version_facts())
+        identity = job.identity(**texts, **entry.version_facts())
         if (done := finished(target, identity)) is not None and not settings.overwrite:
             return Outcome(target, None, done, cached=True, seconds=time.monotonic() - started)
     if not dry_run:
         check_target(target, overwrite=settings.overwrite)
-    costs = estimate(job)
+    estimated = estimate(job)
     if dry_run:
-        return Outcome(target, costs, None, seconds=time.monotonic() - started)
-    refuse(costs, target)
+        return Outcome(target, estimated, None, seconds=time.monotonic() - started)
+    refuse(estimated, target)
     provenance = execute(job, identity, diagnosis)
-    return Outcome(target, costs, provenance, seconds=time.monotonic() - started)
+    return Outcome(target, estimated, provenance, seconds=time.monotonic() - started)
 
 
 def execute(job: MergeJob, identity: dict[str, Any], diagnosis: Diagnosis) -> dict[str, Any]:
@@ -97,12 +100,17 @@ def execute(job: MergeJob, identity: dict[str, Any], diagnosis: Diagnosis) -> di
     )
     job.progress.log_to(log_path(job.target))
     try:
-        merging = Merging(job, writer, diagnosis)
+        fitted: Any = None
+        facts: dict[str, Any] = {}
+        if (wanted := held_out(job)) is not None:
+            choice, facts["selection"] = fit(job, writer, wanted)
+            fitted, diagnosis = choice.found, diagnose(job)
+        merging = Merging(job, writer, diagnosis, fitted)
         rows = merging.run()
         files = seal(job, writer)
         with verification(writer):
             checks, quality = check(job, Checkpoint.open(writer.staging))
-        facts: dict[str, Any] = {
+        facts |= {
             "size": sizes(job),
             "quality": quality,
             "diagnosis": diagnosis.facts(),
@@ -141,7 +149,7 @@ def check(job: MergeJob, staged: Checkpoint) -> tuple[dict[str, Any], dict[str, 
     probe = probe[:count, :length].contiguous()
     job.returns_tuple = prove_written(job, view, probe)
     result = stream_perplexity(job, view, probe)
-    quality = {"dense": stream_perplexity(job, DenseView(job.checkpoint), probe), "result": result}
+    quality = {"dense": stream_perplexity(job, DenseView(job.compared.checkpoint), probe), "result": result}
     blocks = len(job.skeleton.blocks) if parameters <= LOADED else 1
     partial = result if blocks == len(job.skeleton.blocks) else None
     checks = verify(job, staged, probe, {"result": result, "partial": partial}, blocks)
@@ -163,6 +171,11 @@ def estimate(job: MergeJob) -> Estimate:
     phases = {"merging": slab}
     if job.options.check == "full":
         phases["checking the result"] = _loading(job)
+    choosing = 0.0
+    if (wanted := held_out(job)) is not None:
+        models_held, choosing = costs(job, wanted)
+        phases["scoring candidates"] = _loading(job)
+        phases["fitting weights with all models in memory"] = models_held
     phase = max(phases, key=lambda name: phases[name])
     read = sum(sum(spec.nbytes for spec in item.tensors.values()) for item in job.inputs)
     passes = len(asking)
@@ -171,7 +184,7 @@ def estimate(job: MergeJob) -> Estimate:
         disk_bytes=job.output_bytes,
         peak_bytes=resident() + RUNTIME_BYTES + phases[phase],
         peak_phase=phase,
-        seconds=((passes + 1) * read + 4 * job.output_bytes) / BYTES_A_SECOND + 4.0,
+        seconds=((passes + 1) * read + 4 * job.output_bytes) / BYTES_A_SECOND + 4.0 + choosing,
         limit_bytes=job.settings.memory_limit or free_memory() + resident(),
         on_disk=False,
         statistics_bytes=0,

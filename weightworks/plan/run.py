@@ -13,6 +13,7 @@ from weightworks.engine.executor import Executor
 from weightworks.errors import CheckpointError, WeightworksError
 from weightworks.plan.graph import Recipe, Stage, base_name
 from weightworks.plan.keys import Key, changed_files, differences, stage_keys
+from weightworks.plan.leaks import refuse_leaks
 from weightworks.plan.task import Production, Task, estimate, produce
 from weightworks.plan.workspace import Output, Workspace
 from weightworks.report.progress import Progress
@@ -42,6 +43,7 @@ class Plan:
 
     def __init__(self, recipe: Recipe, workspace: Workspace) -> None:
         self.recipe, self.workspace = recipe, workspace
+        refuse_leaks(recipe, workspace.digests)
         self.keys = stage_keys(recipe, workspace.digests)
         self._latest = workspace.latest()
         self.steps: dict[str, Step] = {}

@@ -82,11 +82,15 @@ def merge_card(models: Sequence[Checkpoint], base: Checkpoint | None, name: str,
     sentence += f", relative to `{base.name}`." if base is not None else "."
     size, quality, facts = provenance["size"], provenance.get("quality") or {}, provenance.get("diagnosis") or {}
     rows = [("weights on disk", f"{size['bytes_out']:,} bytes")]
+    selection, members = provenance.get("selection"), names
+    if selection is not None:
+        members = [model.name for model in models if model.source in selection["members"]]
+        rows += _chosen(selection, members)
     if quality:
-        before = f"{quality['dense']:.3f} for `{(base or models[0]).name}`, "
+        before = f"{quality['dense']:.3f} for `{base.name if base else members[0]}`, "
         rows.append(("perplexity on the built-in check text", f"{before}{quality['result']:.3f} merged"))
     if facts:
-        norms = ", ".join(f"{one} {norm:.4g}" for one, norm in zip(names, facts["delta_norms"], strict=False))
+        norms = ", ".join(f"{one} {norm:.4g}" for one, norm in zip(members, facts["delta_norms"], strict=False))
         rows.append(("norms of the task vectors", norms))
         rows.append(("elements on which models disagree in sign", f"{facts['sign_conflicts']:.1%}"))
     rows.append(("checked with", provenance["checks"]["loader"]))
@@ -148,6 +152,25 @@ def adapter_card(names: Sequence[str], base: Checkpoint | None, name: str, prove
         command=" ".join([*words, *flags({**identity["options"], "seed": identity["seed"]})]),
         fallbacks=f"## Not as it seems\n\n{listed}\n" if degraded else "",
     )
+
+
+def _chosen(selection: Mapping[str, Any], members: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Rows on what was chosen by which text, and what it is worth on a text that had no part in it."""
+    text = f"`{Path(selection['text']).name}` (sha256 {selection['digest'][:12]})"
+    tried = ", ".join(_figure(value) for value in selection["candidates"].values())
+    yield "members", _joined([f"`{one}`" for one in members])
+    yield (
+        "chosen by",
+        f"{selection['way']}, perplexity on {text}: {_figure(selection['perplexity'])}; candidates {tried}",
+    )
+    if (report := selection.get("report")) is not None:
+        result, *others = report["perplexity"].values()
+        where = f"perplexity on `{Path(report['text']).name}`, which had no part in the choice"
+        yield where, f"{_figure(result)}; candidates {', '.join(map(_figure, others))}"
+
+
+def _figure(value: float | None) -> str:
+    return "none" if value is None else f"{value:.3f}"
 
 
 def merge_command(provenance: dict[str, Any], names: Sequence[str], base: str | None) -> str:

@@ -159,6 +159,9 @@ class Merger(Protocol):
     model, which the option ``statistics`` names. ``STATE = True``: what its survey keeps of every tensor stays beside the
     result. ``CONTINUES = True``: a merge can take up another one that is finished: its first survey then sees the
     other's state and, as ``found``, what the other concluded.
+
+    A method that looks at held-out text first has two functions more, and no surveys: ``held_out(count) -> HeldOut | None``,
+    what it wants for so many models, None: nothing; ``fit(bench: Bench) -> Fit``, which makes its choice.
     """
 
     BASE: ClassVar[Literal["required", "optional", "refused"]]
@@ -174,3 +177,61 @@ class Merger(Protocol):
 
         ``found`` is what the last survey concluded, None if there is none.
         """
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """What a method wants of held-out text before it merges: the ``text`` to choose by, and one to ``report`` on.
+
+    Windows are of ``tokens`` in all at most (None: the whole text). ``scores`` is how often a model is scored on it,
+    ``whole`` whether all models are held in memory at once.
+    """
+
+    text: str
+    report: str | None
+    tokens: int | None
+    scores: int
+    whole: bool = False
+
+
+class Whole(Protocol):
+    """All models in memory, for methods that need gradients.
+
+    ``stacks`` are their parameters, float32 [N, ...]; ``blocks`` says which block a parameter is in, ``tensors`` which
+    tensors of the checkpoint make it. ``windows`` int64 [n, seq] are the held-out text.
+    """
+
+    stacks: Mapping[str, torch.Tensor]
+    blocks: Mapping[str, str]
+    tensors: Mapping[str, Sequence[str]]
+    windows: torch.Tensor
+
+    def logits(self, parameters: Mapping[str, torch.Tensor], tokens: torch.Tensor) -> torch.Tensor:
+        """Logits [batch, seq, vocabulary] for ``tokens`` [batch, seq] of the model with ``parameters``."""
+
+
+class Bench(Protocol):
+    """Where a method tries merges on held-out text; nothing is written for it but the scores, each taken once."""
+
+    names: Sequence[str]
+
+    def perplexity(self, members: Sequence[int], found: Any = None) -> float:
+        """That of what the method makes of ``members`` (numbers of models) with ``found``, rounded as it would be stored.
+
+        NaN if a tensor of theirs holds NaN or infinity.
+        """
+
+    def whole(self, members: Sequence[int]) -> Whole:
+        """``members`` in memory."""
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What came of it: the ``members`` to merge, in argument order, ``found`` as the first survey or ``merge`` is handed it.
+
+    ``facts`` go to the report: JSON-compatible data, ``lines`` among them what a person is told.
+    """
+
+    members: Sequence[int]
+    found: Any
+    facts: Mapping[str, Any]
