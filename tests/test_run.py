@@ -496,6 +496,8 @@ def test_cache_commands(done: Place) -> None:
 class Pretend:
     """An executor that does nothing but answers in a while, in threads, and notes how much memory is taken at once."""
 
+    parts = None
+
     def __init__(self, slots: int, peaks: Mapping[str, int]) -> None:
         self.slots: int | None = slots
         self.peaks, self.pool, self.lock = peaks, ThreadPoolExecutor(slots), threading.Lock()
