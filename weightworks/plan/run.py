@@ -221,7 +221,9 @@ class Runner:
         workspace, steps = self.plan.workspace, self.plan.steps
         needs = tuple(steps[need].key.digest for need in step.stage.needs if need in steps)
         if workspace.remote is not None:  # each machine has its own copy: one of a stage's inputs is enough
-            return Production(task, step.key.digest, needs, workspace.root, workspace.digests.memo, workspace.remote.url)
+            return Production(
+                task, step.key.digest, needs, workspace.root, workspace.digests.memo, workspace.remote.url
+            )
         return Production(
             task, step.key.digest, needs, workspace.root, workspace.digests.memo, parts=self.executor.parts
         )
