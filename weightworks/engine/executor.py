@@ -11,15 +11,17 @@ import pickle
 import signal
 import threading
 import traceback
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection
 from multiprocessing.forkserver import ensure_running
 from typing import Any, Protocol
 
 from weightworks.errors import WeightworksError
 
+WAITING = "OMP_WAIT_POLICY"  # how threads that compute wait for one another
 FAULT = "this is a fault of the program; please report it"
 
 
@@ -31,6 +33,7 @@ class Executor(Protocol):
     """Does tasks."""
 
     slots: int | None  # tasks at once; None: the executor's own scheduler decides
+    parts: Callable[[], Executor] | None  # makes, where a task runs, an executor for parts of it; None: it has none
 
     def submit(self, function: Callable[[Any], Any], task: Any, *, peak_bytes: int | None = None) -> Future[Any]:
         """Have ``function(task)`` done; ``peak_bytes`` is the memory it is expected to take."""
@@ -43,6 +46,7 @@ class Here:
     """One task at a time, in this process, done when submitted."""
 
     slots: int | None = 1
+    parts: Callable[[], Executor] | None = None
 
     def submit(self, function: Callable[[Any], Any], task: Any, *, peak_bytes: int | None = None) -> Future[Any]:
         future: Future[Any] = Future()
@@ -56,14 +60,18 @@ class Here:
 class Processes:
     """Each task in a process of its own, ``slots`` at a time, forked from one that has the modules ``preload`` loaded.
 
-    A process that dies takes nothing with it but its task; if this process dies, they all do.
+    A process that dies takes nothing with it but its task; if this process dies, they all do. Each task uses all
+    processors, so their threads must not spin while they wait for one another: that takes ten times as long.
     """
+
+    parts: Callable[[], Executor] | None = None
 
     def __init__(self, slots: int, preload: Sequence[str] = ("weightworks.engine.preload",)) -> None:
         self.slots: int | None = slots
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(list(preload))
-        ensure_running()  # it loads them while this process does other things
+        with _patient():
+            ensure_running()  # it loads them while this process does other things
         self._threads = ThreadPoolExecutor(slots)
         self._running: set[Any] = set()
         self._guard, self._closed = threading.Lock(), False
@@ -105,6 +113,17 @@ class Processes:
         self._threads.shutdown(cancel_futures=True)
 
 
+def in_order(executor: Executor, function: Callable[[Any], Any], tasks: Iterable[Any]) -> Iterator[Any]:
+    """Results of ``function`` on ``tasks``, in their order; at most two for each slot are under way or waiting."""
+    under_way: deque[Future[Any]] = deque()
+    for task in tasks:
+        under_way.append(executor.submit(function, task))
+        if len(under_way) >= 2 * (executor.slots or 1):
+            yield under_way.popleft().result()
+    while under_way:
+        yield under_way.popleft().result()
+
+
 def attempt(function: Callable[[Any], Any], task: Any) -> tuple[bool, Any]:
     """``(True, result)`` of a task, or ``(False, error)``: errors raised on purpose as they are, others in one sentence."""
     try:
@@ -137,6 +156,18 @@ def portable(outcome: tuple[bool, Any]) -> bytes:
         hint = value.hint if isinstance(value, WeightworksError) else FAULT
         return pickle.dumps((False, WorkerError(told, hint=hint)))
     return text
+
+
+@contextmanager
+def _patient() -> Iterator[None]:
+    """Let processes started meanwhile put waiting threads to sleep, unless the user said otherwise."""
+    before = os.environ.get(WAITING)
+    os.environ.setdefault(WAITING, "PASSIVE")
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[WAITING]
 
 
 def _answer(pipe: Connection, function: Callable[[Any], Any], task: Any) -> None:

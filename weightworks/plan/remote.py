@@ -48,6 +48,7 @@ class Remote:
 
     def fetch(self, cache: Path, key: str) -> bool:
         """Copy the output under ``key`` here, if the storage has it."""
+        self._fs.invalidate_cache()  # of listings: others write there too
         if not self._call("read", lambda: self._fs.exists(self._at("cache", key, RECORD))):
             return False
         staging = cache / f".{key}.coming"
@@ -77,8 +78,9 @@ class Remote:
     def _call(self, what: str, action: Any) -> Any:
         try:
             return action()
-        except OSError as error:
-            raise OutputError(f"cannot {what} {self.url}: {error}", hint="check address, rights and network") from None
+        except Exception as error:  # every storage has errors of its own
+            text = str(error) or type(error).__name__
+            raise OutputError(f"cannot {what} {self.url}: {text}", hint="check address, rights and network") from error
 
 
 def _kept(path: Path, root: Path) -> bool:

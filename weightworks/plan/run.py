@@ -222,8 +222,13 @@ class Runner:
     def _order(self, step: Step, task: Task) -> Production:
         workspace, steps = self.plan.workspace, self.plan.steps
         needs = tuple(steps[need].key.digest for need in step.stage.needs if need in steps)
-        url = workspace.remote.url if workspace.remote is not None else None
-        return Production(task, step.key.digest, needs, workspace.root, workspace.digests.memo, url)
+        if workspace.remote is not None:  # each machine has its own copy: one of a stage's inputs is enough
+            return Production(
+                task, step.key.digest, needs, workspace.root, workspace.digests.memo, workspace.remote.url
+            )
+        return Production(
+            task, step.key.digest, needs, workspace.root, workspace.digests.memo, parts=self.executor.parts
+        )
 
     def _finish(self, step: Step, future: Future[Any]) -> None:
         try:

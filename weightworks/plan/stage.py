@@ -12,6 +12,7 @@ import torch
 
 from weightworks.engine.blockwise import Blockwise, Written, prove_first
 from weightworks.engine.estimate import Estimate, estimate, refuse
+from weightworks.engine.executor import Executor
 from weightworks.engine.finish import copy_rest, finish, stream_perplexity
 from weightworks.engine.job import Job, digest_of
 from weightworks.engine.machine import compute_dtype, free_memory, pick_device
@@ -68,11 +69,12 @@ def run_stage(
     progress: Progress | None = None,
     announce: Callable[[dict[str, Any]], None] = lambda resolved: None,
     called: str | None = None,
+    executor: Executor | None = None,
 ) -> Outcome:
     """Run method ``kind.name`` on ``model``. ``announce`` is given the resolved configuration before work starts.
 
     ``called`` is what provenance and card call the input, in place of the path: where it lies in a workspace is no part of
-    what it is.
+    what it is. ``executor`` takes tensors that can be worked on apart from the others.
     """
     started = time.monotonic()
     progress = progress or Progress(quiet=True)
@@ -106,7 +108,7 @@ def run_stage(
     if dry_run:
         return Outcome(target, costs, None, seconds=time.monotonic() - started)
     refuse(costs, target)
-    provenance = execute(job, identity, calibration, probe, dtype, costs)
+    provenance = execute(job, identity, calibration, probe, dtype, costs, executor)
     return Outcome(target, costs, provenance, seconds=time.monotonic() - started)
 
 
@@ -117,6 +119,7 @@ def execute(
     probe: torch.Tensor,
     dtype: torch.dtype,
     costs: Estimate,
+    executor: Executor | None = None,
 ) -> dict[str, Any]:
     """Do the work, verify and publish; a failure or interruption leaves the staging folder for the next run."""
     settings = job.settings
@@ -144,7 +147,7 @@ def execute(
             copy_rest(job, writer)
         else:
             job.returns_tuple = prove_first(job, writer, probe)
-            results = {"rows": run_tensorwise(job, writer), "dense": stream_perplexity(job, job.view, probe)}
+            results = {"rows": run_tensorwise(job, writer, executor), "dense": stream_perplexity(job, job.view, probe)}
             copy_rest(job, writer)
             written = Written(job, writer)
             results["result"] = stream_perplexity(job, written, probe)

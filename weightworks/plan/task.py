@@ -6,11 +6,14 @@ import json
 import platform
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from weightworks.engine.executor import Executor
 from weightworks.errors import CheckpointError, MethodError, ResourceError
 from weightworks.plan.keys import differences, environment
 from weightworks.plan.remote import Remote
@@ -43,7 +46,8 @@ class Task:
 @dataclass(frozen=True)
 class Production:
     """A task, the key its output is kept under, those of the outputs it reads, and where they are kept (``url``: on
-    storage that ``workspace`` mirrors): all that a worker on any machine needs."""
+    storage that ``workspace`` mirrors): all that a worker on any machine needs. ``parts`` makes an executor for parts of
+    the stage."""
 
     task: Task
     key: str
@@ -51,16 +55,46 @@ class Production:
     workspace: Path
     memo: Path
     url: str | None = None
+    parts: Callable[[], Executor] | None = None
 
 
-def produce(order: Production) -> dict[str, Any]:
-    """Have the output under its key: make it, or wait for another run that is making it."""
-    if other := list(differences({PLANNED: order.task.material[PLANNED]}, {PLANNED: environment()})):
+class Alike:
+    """An executor all of whose workers must be such as the run was planned for."""
+
+    parts: Callable[[], Executor] | None = None
+
+    def __init__(self, executor: Executor, planned: Mapping[str, str]) -> None:
+        self.executor, self.planned = executor, planned
+        self.slots: int | None = executor.slots
+
+    def submit(self, function: Callable[[Any], Any], task: Any, *, peak_bytes: int | None = None) -> Future[Any]:
+        return self.executor.submit(do_alike, (self.planned, function, task), peak_bytes=peak_bytes)
+
+    def close(self) -> None:
+        self.executor.close()
+
+
+def do_alike(order: tuple[Mapping[str, str], Callable[[Any], Any], Any]) -> Any:
+    """``function(task)`` of ``(planned, function, task)``, by a worker that is as planned."""
+    planned, function, task = order
+    check_worker(planned)
+    return function(task)
+
+
+def check_worker(planned: Mapping[str, str]) -> None:
+    """Refuse to work in another environment than the key of the output says."""
+    if other := list(differences({PLANNED: planned}, {PLANNED: environment()})):
         raise ResourceError(
             f"the worker on {platform.node()} is another than the run was planned for ({'; '.join(other)}): "
             "its numbers could differ",
             hint="use machines of one kind with the same packages",
         )
+
+
+def produce(order: Production) -> dict[str, Any]:
+    """Have the output under its key: make it, or wait for another run that is making it."""
+    planned = order.task.material[PLANNED]
+    check_worker(planned)
     workspace = Workspace(order.workspace, Digests(order.memo), remote=Remote(order.url) if order.url else None)
     with workspace.only_one(order.key):
         if (found := workspace.find(order.key)) is not None:
@@ -68,7 +102,8 @@ def produce(order: Production) -> dict[str, Any]:
         for need in order.needs:
             if workspace.find(need) is None:
                 raise CheckpointError(f"the input under {need[:12]} is gone or damaged", hint="run it again")
-        facts = perform(order.task)
+        with closing(Alike(order.parts(), planned)) if order.parts is not None else nullcontext() as executor:
+            facts = perform(order.task, executor)
         output = workspace.keep(order.key, order.task.target, facts)
     workspace.digests.save()
     return {**output.record, "cached": False}
@@ -82,7 +117,7 @@ def estimate(task: Task) -> dict[str, Any]:
     return outcome.estimate.facts() if outcome.estimate else {}
 
 
-def perform(task: Task) -> dict[str, Any]:
+def perform(task: Task, executor: Executor | None = None) -> dict[str, Any]:
     """Do the work; returns what it cost. Unfinished work of an earlier try is continued, a damaged output replaced."""
     started = time.monotonic()
     _reset_peak()
@@ -92,7 +127,7 @@ def perform(task: Task) -> dict[str, Any]:
     if task.kind == "score":
         _score(task)
     else:
-        _run(task, dry_run=False)
+        _run(task, dry_run=False, executor=executor)
     return {
         "stage": task.stage,
         "method": f"{task.kind}.{task.method}",
@@ -101,7 +136,7 @@ def perform(task: Task) -> dict[str, Any]:
     }
 
 
-def _run(task: Task, *, dry_run: bool) -> Any:
+def _run(task: Task, *, dry_run: bool, executor: Executor | None = None) -> Any:
     from weightworks.report.progress import Progress
     from weightworks.stage.settings import Settings
 
@@ -139,6 +174,7 @@ def _run(task: Task, *, dry_run: bool) -> Any:
         dry_run=dry_run,
         progress=progress,
         called=called.get(model),
+        executor=executor,
     )
 
 
