@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from compress import sweep as columns
 from compress.grids import Grid, grouped
 from compress.hessian import Hessian
 from compress.quantize import gptq, rtn
@@ -92,7 +93,7 @@ def test_blocks_change_nothing(
     weight, inputs = problem(32, 288)
     hessian, scheme = statistics(inputs).finish(), IntScheme(3, group_size, False)
     whole = sweep(weight, hessian, scheme, reorder=reorder, static_groups=static_groups)
-    monkeypatch.setattr(gptq, "BLOCK", block)
+    monkeypatch.setattr(columns, "BLOCK", block)
     single = sweep(weight, hessian, scheme, reorder=reorder, static_groups=static_groups)
     assert float((whole.codes == single.codes).float().mean()) > 0.999  # sums in another order: a code may flip
     losses = [loss(weight, result.dequantize(), hessian) for result in (whole, single)]

@@ -15,12 +15,12 @@ from pydantic import Field
 from compress.grids import Grid, grouped
 from compress.hessian import Factor, Hessian, factor
 from compress.schemes import IntegerOptions
+from compress.sweep import block_size, sweep
 from weightworks.stage.protocols import Solution, Target
 from weightworks.store.packing import IntScheme, Quantized
 
 PAPER = "Frantar et al. 2022, arXiv:2210.17323"
 VERSION = 1
-BLOCK = 128  # columns swept before the rest is updated by one matrix product (paper, section 3.3, step 2)
 SWEPT = 1 << 23  # weights swept at a time: rows are independent, and a block of this many rows stays in the cache
 COLD = 64  # inputs seen, below which H says nothing worth compensating for (experts that no token reached)
 SAMPLE = 128  # rows whose output error is reported
@@ -69,56 +69,48 @@ def quantize(
         rounded = Quantized(scheme, codes, scale.to(grid.scale_dtype), zero.byte())
         return rounded, torch.zeros(weight.shape[0]), found
     codes, loss = torch.empty(weight.shape, dtype=torch.uint8), torch.empty(weight.shape[0])
-    height = max(1, SWEPT // columns)
+    height, groups = max(1, SWEPT // columns), index.tolist()
     for start in range(0, weight.shape[0], height):
         rows = slice(start, start + height)
         grids = scale[rows].T.contiguous(), zero[rows].T.contiguous()  # [groups, rows]
-        swept = weight[rows].T[order]  # [in, rows]
-        codes[rows, order], loss[rows] = sweep(
-            swept, found.lower, grid, index.tolist(), grids, importance[order] if fits else None
-        )
-        scale[rows], zero[rows] = grids[0].T, grids[1].T
+        rule = Rounding(grid, groups, *grids, importance[order] if fits else None)
+        loss[rows] = sweep(weight[rows].T[order], found.lower, rule, block=block_size(rule.group))
+        codes[rows, order], scale[rows], zero[rows] = rule.codes.T, rule.scale.T, rule.zero.T
     moved = torch.empty_like(place).scatter_(0, order, place).int() if reorder and fits else None
     return Quantized(scheme, codes, scale.to(grid.scale_dtype), zero.byte(), moved), loss, found
 
 
-def sweep(
-    weight: torch.Tensor,
-    lower: torch.Tensor,
-    grid: Grid,
-    index: Sequence[int],
-    grids: tuple[torch.Tensor, torch.Tensor],
-    importance: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes uint8 [out, in] of ``weight`` [in, out], W's columns as rows in sweep order, and the loss by row [out].
+class Rounding:
+    """The nearest points of the grid, as a rule of the sweep; the codes uint8 [in, out] and grids are its attributes.
 
-    ``lower`` is L [in, in] in that order; ``index`` [in] gives each column's group, ``grids`` the scale and zero point
-    [groups, out] of the groups. With ``importance`` [in], a group's grid is fitted in place when the sweep reaches it, from
-    weights that hold every earlier column's error (the released code leaves out those of the running block).
-    ``weight`` is used up. Paper, algorithm 1.
+    ``index`` [in] gives each column's group, ``scale`` and ``zero`` [groups, out] the grids of the groups. With
+    ``importance`` [in] a group's grid is fitted in place when the sweep reaches it, from weights that hold every earlier
+    column's error (the released code leaves out those of the running block).
     """
-    columns = weight.shape[0]
-    scale, zero = grids
-    device = weight.device
-    codes = torch.empty(weight.shape, dtype=torch.uint8, device=device)
-    loss = torch.zeros(weight.shape[1], device=device)
-    group = index.count(index[0])
-    block = BLOCK if group % BLOCK == 0 else group * max(1, BLOCK // group)
-    for start in range(0, columns, block):
-        stop = min(start + block, columns)
-        errors = torch.empty_like(weight[start:stop])  # [block, out]
-        corner = lower[start:stop, start:stop].T.contiguous()  # row j: how column j's error reaches the later ones
-        for j in range(start, stop):
-            g, reach, w = index[j], corner[j - start, j - start :], weight[j]
-            if importance is not None and j % group == 0:
-                scale[g], zero[g] = grid.fit(weight[j : j + group].T, importance[j : j + group])
-            code = grid.round(w, scale[g], zero[g])
-            codes[j] = code
-            error = torch.div(code.sub_(zero[g]).mul_(scale[g]).sub_(w), -reach[0], out=errors[j - start])
-            weight[j + 1 : stop].addr_(reach[1:], error, alpha=-1)
-        weight[stop:].addmm_(lower[stop:, start:stop], errors, alpha=-1)
-        loss += errors.square_().sum(0)
-    return codes.T, loss
+
+    def __init__(
+        self,
+        grid: Grid,
+        index: Sequence[int],
+        scale: torch.Tensor,
+        zero: torch.Tensor,
+        importance: torch.Tensor | None = None,
+    ) -> None:
+        self.grid, self.index, self.scale, self.zero, self.importance = grid, index, scale, zero, importance
+        self.group = index.count(index[0])
+        self.codes = torch.empty(len(index), scale.shape[1], dtype=torch.uint8, device=scale.device)
+
+    def enter(self, start: int, weight: torch.Tensor, scale: torch.Tensor) -> None:
+        pass
+
+    def column(self, j: int, rest: torch.Tensor) -> torch.Tensor:
+        g = self.index[j]
+        if self.importance is not None and j % self.group == 0:
+            fitted = self.grid.fit(rest[: self.group].T, self.importance[j : j + self.group])
+            self.scale[g], self.zero[g] = fitted
+        code = self.grid.round(rest[0], self.scale[g], self.zero[g])
+        self.codes[j] = code
+        return code.sub_(self.zero[g]).mul_(self.scale[g])
 
 
 class Method:

@@ -1,0 +1,57 @@
+"""The sweep of GPTQ and SparseGPT: replace a weight column by column, pushing each column's error onto those after it.
+
+What a column is replaced by is a rule's business: the nearest points of a grid, zeros, or both. The sweep is the
+optimal-brain-surgeon update of all columns not yet reached, taken in blocks (GPTQ, arXiv:2210.17323, algorithm 1;
+SparseGPT, arXiv:2301.00774, algorithm 1).
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+
+BLOCK = 128  # columns swept before the rest is updated by one matrix product (GPTQ, section 3.3, step 2)
+
+
+class Rule(Protocol):
+    """What becomes of the columns, in sweep order."""
+
+    def enter(self, start: int, weight: torch.Tensor, scale: torch.Tensor) -> None:
+        """The columns from ``start`` on are next.
+
+        ``weight`` [block, out] holds the errors of all columns before; ``scale`` [block] is the diagonal of L: to
+        remove a weight w costs (w / scale)^2.
+        """
+
+    def column(self, j: int, rest: torch.Tensor) -> torch.Tensor:
+        """What takes the place of column ``j``: float32 [out], a tensor of its own.
+
+        ``rest`` [n, out] is the column and all that follow; those of the running block hold every error so far.
+        """
+
+
+def block_size(multiple: int) -> int:
+    """Columns a block, so that ``multiple`` neighbours never start inside one and end in another."""
+    return BLOCK if multiple % BLOCK == 0 else multiple * max(1, BLOCK // multiple)
+
+
+def sweep(weight: torch.Tensor, lower: torch.Tensor, rule: Rule, *, block: int) -> torch.Tensor:
+    """The loss by row [out], tr(E H E'), of replacing ``weight`` [in, out], W's columns as rows, as ``rule`` says.
+
+    ``lower`` is L [in, in], inv(H) = L L', rows and columns in sweep order. Afterwards row j of ``weight`` is column j
+    as it was when the sweep reached it.
+    """
+    loss = torch.zeros(weight.shape[1], device=weight.device)
+    for start in range(0, weight.shape[0], block):
+        stop = min(start + block, weight.shape[0])
+        errors = torch.empty_like(weight[start:stop])  # [block, out]
+        corner = lower[start:stop, start:stop].T.contiguous()  # row j: how column j's error reaches the later ones
+        rule.enter(start, weight[start:stop], corner.diagonal())
+        for j in range(start, stop):
+            reach, value = corner[j - start, j - start :], rule.column(j, weight[j:])
+            error = torch.div(value.sub_(weight[j]), -reach[0], out=errors[j - start])
+            weight[j + 1 : stop].addr_(reach[1:], error, alpha=-1)
+        weight[stop:].addmm_(lower[stop:, start:stop], errors, alpha=-1)
+        loss += errors.square_().sum(0)
+    return loss
