@@ -19,7 +19,7 @@ BINS = 1 << 16  # of either half of 32 bits
 ZERO = BINS >> 1  # the bucket of +0.0 when the sign counts
 PIECE = 1 << 17  # numbers looked at together: they stay in the cache
 
-Quantities = Callable[[Slab, Any], Iterable[tuple[str, torch.Tensor]]]
+Quantities = Callable[[Slab, Any], Iterable[tuple[str, "torch.Tensor"]]]
 Ranks = Callable[[str, int], Sequence[int]]
 
 
