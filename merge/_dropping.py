@@ -33,6 +33,7 @@ def sums_of_magnitudes(dropped: Dropped) -> Survey:
     """A survey of the sums of magnitudes by model, float64 [N], ``before`` and ``after`` dropping."""
 
     def look(slab: Slab, found: Any) -> Mapping[str, torch.Tensor]:
+        assert slab.base is not None
         before = [model.sub(slab.base).abs_().sum().double() for model in slab.models]
         after = [delta.abs_().sum().double() for delta in dropped(slab)]
         return {"before": torch.stack(before), "after": torch.stack(after)}

@@ -49,9 +49,9 @@ def zeros(columns: int) -> Tensors:
 class Golden:
     """One golden case: its named tensors, by the part of the name before the first dot, and its facts."""
 
-    def __init__(self, folder: Path) -> None:
-        self.tensors = load_file(folder / "three_finetunes.safetensors")
-        self.facts = json.loads((folder / "three_finetunes.json").read_text())
+    def __init__(self, path: Path) -> None:
+        self.tensors = load_file(path.with_suffix(".safetensors"))
+        self.facts = json.loads(path.with_suffix(".json").read_text())
 
     def of(self, prefix: str) -> Tensors:
         """The tensors whose names begin with ``prefix`` and a dot, without it."""
@@ -66,7 +66,11 @@ class Golden:
 
 @cache
 def golden(shared: Path, case: str) -> Golden:
-    return Golden(shared / "golden" / case)
+    return golden_file(shared, f"{case}/three_finetunes")
+
+
+def golden_file(shared: Path, name: str) -> Golden:
+    return Golden(shared / "golden" / name)
 
 
 def assert_golden(
