@@ -39,7 +39,7 @@ class Options(MergeOptions):
 
 
 class Method:
-    """theta_0 + S_T n / ||S_T|| (section 4 of the paper, by S_t = lambda_t Delta_t)."""
+    """theta_0 + S_T n / ||S_T||, by S_t = lambda_t Delta_t of the paper."""
 
     BASE, LEAST, MOST = "required", 1, None
     STATE = CONTINUES = True
@@ -90,7 +90,7 @@ class Method:
 
 
 def projected(delta: torch.Tensor, merged: torch.Tensor, *, alpha: float, diagonal: bool) -> torch.Tensor:
-    """``delta`` [m, n] without its part in the leading singular directions of ``merged`` [m, n] (equation 5).
+    """``delta`` [m, n] without its part in the leading singular directions of ``merged`` [m, n].
 
     With merged = U diag(sigma) V' and P = U' delta V, P[:r, :r] is removed, r the first index whose singular values sum to more
     than ``alpha`` of all, and with ``diagonal`` the rest of P's diagonal. All else of the full P stays, so the thin

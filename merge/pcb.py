@@ -44,7 +44,7 @@ class Options(MergeOptions):
 
 
 class Method:
-    """theta = theta_0 + sum_i b_i lambda_i tau_i / sum_i b_i, b_i the stretched scores (equations 2 to 6)."""
+    """theta = theta_0 + sum_i b_i lambda_i tau_i / sum_i b_i, b_i the stretched scores."""
 
     BASE, LEAST, MOST = "required", 1, None
 
