@@ -57,7 +57,7 @@ class Golden:
         """The tensors whose names begin with ``prefix`` and a dot, without it."""
         start = prefix + "."
         found = {name.removeprefix(start): value for name, value in self.tensors.items() if name.startswith(start)}
-        return {name: value for name, value in found.items() if not name.startswith("mask.")}
+        return {name: value for name, value in found.items() if not name.startswith(("mask.", "keep_prob."))}
 
     def masks(self, run: str, count: int) -> list[Mapping[str, torch.Tensor]]:
         """For each fine-tuned model, the mask that ``run`` drew of every tensor; True is kept."""
