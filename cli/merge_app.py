@@ -100,16 +100,17 @@ def method_command(entry: Entry) -> Callable[..., int | None]:
 
 def show_plan(facts: dict[str, Any]) -> None:
     """The configuration as it will run, and what the task vectors look like."""
-    diagnosis, notes = facts["diagnosis"], facts["notes"]
-    show(f"merge {len(facts['models'])} models")
-    pairs({key: value for key, value in facts.items() if key not in ("diagnosis", "notes") and value not in (None, [])})
+    diagnosis, notes, names = facts["diagnosis"], facts["notes"], facts["members"]
+    show(f"merge {len(names)} models")
+    hidden = {"diagnosis", "notes"} | ({"members"} if names == facts["models"] else set())
+    pairs({key: value for key, value in facts.items() if key not in hidden and value not in (None, [])})
     for line in notes[:20]:
         show(f"  note: {line}")
     if len(notes) > 20:
         show(f"  and {len(notes) - 20} more notes, all in provenance.json")
     if not diagnosis:
         return
-    names, count = facts["models"], len(facts["models"])
+    count = len(names)
     seen = diagnosis["looked_at"] / max(diagnosis["elements"], 1)
     relative = "the base" if facts["base"] else "their mean"
     show(f"  task vectors, relative to {relative}" + ("" if seen == 1 else f" (from {seen:.1%} of all weights)"))

@@ -10,16 +10,16 @@ from pydantic import Field, model_validator
 
 from merge._greedy import choose
 from merge._learned import fit
-from weightworks.stage.merging import Bench, Fit, HeldOut, Slab, WeightedOptions
+from merge._options import SumOptions
+from weightworks.stage.merging import Bench, Fit, HeldOut, Slab
 
 PAPER = "Wortsman et al. 2022, arXiv:2203.05482"
 VERSION = 1
 
 
-class Options(WeightedOptions):
+class Options(SumOptions):
     """Options of soups."""
 
-    normalize: bool = Field(True, description="divide the weighted sum by the sum of the weights")
     greedy: bool = Field(False, description="choose the members: best first, each kept if --score gets better with it")
     learned: Literal["tensor", "block", "model"] | None = Field(
         None, description="fit a weight for each model, and for each of these, to --score; all models in memory"

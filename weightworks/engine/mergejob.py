@@ -96,6 +96,7 @@ class MergeJob:
     members: tuple[int, ...] = field(init=False)  # those of the models that are merged
     parts: list[Part] = field(init=False, default_factory=list)
     left_out: dict[str, str] = field(init=False, default_factory=dict)  # input tensors that go nowhere, and why
+    alignment: dict[str, Any] | None = field(init=False, default=None)  # what was moved before
     selection: dict[str, Any] | None = field(init=False, default=None)  # how the members were chosen
     skeleton: Any = field(init=False, default=None)  # of the written output, once it is there
     returns_tuple: int = field(init=False, default=0)

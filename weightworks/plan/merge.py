@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from weightworks.engine.alignment import align, aligning_bytes
 from weightworks.engine.diagnosis import Diagnosis, diagnose
 from weightworks.engine.estimate import BYTES_A_SECOND, RUNTIME_BYTES, Estimate, refuse
 from weightworks.engine.finish import prove_written, publish, seal, stream_perplexity, verification, verify
@@ -70,8 +71,9 @@ def run_merge(
     )
     wanted = held_out(job)
     texts = digests(wanted)
-    diagnosis = Diagnosis() if wanted else diagnose(job)  # candidates may hold NaN; the chosen are looked at
-    announce(resolved(job, diagnosis))
+    diagnosis = None if wanted or (job.options.align and not dry_run) else diagnose(job)
+    if diagnosis is not None or dry_run:
+        announce(resolved(job, diagnosis or Diagnosis()))
     if not dry_run or target.exists():
         identity = job.identity(**texts, **entry.version_facts())
         if (done := finished(target, identity)) is not None and not settings.overwrite:
@@ -82,12 +84,20 @@ def run_merge(
     if dry_run:
         return Outcome(target, estimated, None, seconds=time.monotonic() - started)
     refuse(estimated, target)
-    provenance = execute(job, identity, diagnosis)
+    provenance = execute(job, identity, diagnosis, announce)
     return Outcome(target, estimated, provenance, seconds=time.monotonic() - started)
 
 
-def execute(job: MergeJob, identity: dict[str, Any], diagnosis: Diagnosis) -> dict[str, Any]:
-    """Do the work, verify and publish; a failure or interruption leaves the staging folder for the next run."""
+def execute(
+    job: MergeJob,
+    identity: dict[str, Any],
+    diagnosis: Diagnosis | None,
+    announce: Callable[[dict[str, Any]], None],
+) -> dict[str, Any]:
+    """Do the work, verify and publish; a failure or interruption leaves the staging folder for the next run.
+
+    Without a ``diagnosis`` models are aligned or chosen first, and what is merged then is diagnosed and announced.
+    """
     settings = job.settings
     writer = CheckpointWriter(
         job.target,
@@ -102,9 +112,14 @@ def execute(job: MergeJob, identity: dict[str, Any], diagnosis: Diagnosis) -> di
     try:
         fitted: Any = None
         facts: dict[str, Any] = {}
+        if job.options.align:
+            facts["alignment"] = align(job, writer)
         if (wanted := held_out(job)) is not None:
             choice, facts["selection"] = fit(job, writer, wanted)
-            fitted, diagnosis = choice.found, diagnose(job)
+            fitted = choice.found
+        if diagnosis is None:
+            diagnosis = diagnose(job)
+            announce(resolved(job, diagnosis))
         merging = Merging(job, writer, diagnosis, fitted)
         rows = merging.run()
         files = seal(job, writer)
@@ -171,6 +186,8 @@ def estimate(job: MergeJob) -> Estimate:
     phases = {"merging": slab}
     if job.options.check == "full":
         phases["checking the result"] = _loading(job)
+    if job.options.align:
+        phases["aligning"] = aligning_bytes(job) + _loading(job)
     choosing = 0.0
     if (wanted := held_out(job)) is not None:
         models_held, choosing = costs(job, wanted)
@@ -226,6 +243,7 @@ def resolved(job: MergeJob, diagnosis: Diagnosis) -> dict[str, Any]:
     return {
         "method": job.label,
         "models": [item.name for item in job.models],
+        "members": [job.models[number].name for number in job.members],
         "base": None if job.base is None else job.base.name,
         "output": str(job.target),
         **job.options.resolved(),

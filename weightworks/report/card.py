@@ -86,6 +86,8 @@ def merge_card(models: Sequence[Checkpoint], base: Checkpoint | None, name: str,
     if selection is not None:
         members = [model.name for model in models if model.source in selection["members"]]
         rows += _chosen(selection, members)
+    if (alignment := provenance.get("alignment")) is not None:
+        rows.append(("units aligned", _aligned(alignment)))
     if quality:
         before = f"{quality['dense']:.3f} for `{base.name if base else members[0]}`, "
         rows.append(("perplexity on the built-in check text", f"{before}{quality['result']:.3f} merged"))
@@ -167,6 +169,14 @@ def _chosen(selection: Mapping[str, Any], members: Sequence[str]) -> Iterator[tu
         result, *others = report["perplexity"].values()
         where = f"perplexity on `{Path(report['text']).name}`, which had no part in the choice"
         yield where, f"{_figure(result)}; candidates {', '.join(map(_figure, others))}"
+
+
+def _aligned(alignment: Mapping[str, Any]) -> str:
+    """How many parts of the models were put in another order."""
+    parts = [row for rows in alignment["models"].values() for row in rows]
+    moved = [row["gain"] for row in parts if row["gain"] >= alignment["least_gain"]]
+    gains = f", nearer by a cosine of up to {max(moved):.3f}" if moved else "; no other order was nearer"
+    return f"in {len(moved)} of {len(parts)} parts of blocks{gains}"
 
 
 def _figure(value: float | None) -> str:

@@ -61,6 +61,9 @@ class MergeOptions(PerModelOptions):
     out_dtype: Literal["same", "float32", "bfloat16", "float16"] = Field(
         "same", description="dtype of the result; same: tensor by tensor that of the base, or of the first model"
     )
+    align: bool = Field(
+        False, description="first put units and heads of each model in the order that fits the base, or the first model"
+    )
     check: Literal["full", "files"] = Field(
         "full", description="before publishing: full loads the result with stock transformers, files reads it back"
     )

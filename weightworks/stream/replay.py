@@ -158,6 +158,17 @@ def capture(skeleton: Skeleton, tokens: torch.Tensor, *, returns_tuple: int) -> 
     return Calls(calls)
 
 
+@torch.no_grad()
+def first_calls(skeleton: Skeleton, tokens: torch.Tensor) -> tuple[Calls, torch.Tensor]:
+    """How the blocks are called for ``tokens`` [batch, seq], and what the first is handed [batch, seq, hidden].
+
+    The first block and the parts outside the blocks must be loaded. That replaying them gives the model is not proven.
+    """
+    output = _first_output(skeleton, tokens)
+    returns_tuple = 0 if isinstance(output, torch.Tensor) else len(output)
+    return capture(skeleton, tokens, returns_tuple=returns_tuple), embed(skeleton, tokens)
+
+
 def _output(hidden: torch.Tensor, returns_tuple: int) -> Any:
     """What a block returns in the place of its own output: the proof shows that nothing but ``hidden`` is needed."""
     return (hidden, *[None] * (returns_tuple - 1)) if returns_tuple else hidden
