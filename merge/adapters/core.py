@@ -28,7 +28,7 @@ class Method:
     Adapters are brought to their singular form first: U and V then depend on the updates alone, not on how each is split.
     """
 
-    LINEAR = False
+    BASE, LINEAR = "optional", False
 
     def __init__(self, options: Options) -> None:
         self.options = options

@@ -35,6 +35,8 @@ class Options(AdapterOptions):
 class Method:
     """W - W_0 is U sigma V in singular form; B = U sqrt(sigma), A = sqrt(sigma) V, of as many directions as are asked for."""
 
+    BASE = "required"
+
     def __init__(self, options: Options) -> None:
         self.options = options
 

@@ -32,7 +32,7 @@ class Method:
     and the largest entry of a is made positive, before units [a; b] are clustered by k-means.
     """
 
-    LINEAR = False
+    BASE, LINEAR = "optional", False
 
     def __init__(self, options: Options) -> None:
         self.options = options

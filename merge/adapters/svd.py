@@ -23,7 +23,7 @@ class Options(CombineOptions):
 class Method:
     """The leading singular triplets of sum_i w_i B_i A_i."""
 
-    LINEAR = True
+    BASE, LINEAR = "optional", True
 
     def __init__(self, options: Options) -> None:
         self.options = options

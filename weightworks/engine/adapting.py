@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors.torch import load, save
+from safetensors.torch import save
 
 from weightworks.engine.finish import Finished, verification
 from weightworks.errors import VerificationError
@@ -25,7 +25,7 @@ from weightworks.store.adapted import AdaptedCheckpoint
 from weightworks.store.adapters import CONFIG, PREFIX, WEIGHTS, Adapter
 from weightworks.store.checkpoint import Checkpoint
 from weightworks.store.sources import file_digest
-from weightworks.store.tensorfile import TensorSpec
+from weightworks.store.tensorfile import TensorInfo, TensorSpec, read_bytes, read_header
 from weightworks.store.writer import CheckpointWriter, check_finite, writing
 
 
@@ -83,32 +83,32 @@ def _keep(path: Path, data: bytes) -> None:
 
 def gather(job: AdapterJob, writer: CheckpointWriter) -> dict[str, str]:
     """Lay all updates out in one file, with the configuration beside it; returns sha256 by file name, read back."""
-    tensors: dict[str, torch.Tensor] = {}
+    found: dict[str, tuple[Path, TensorInfo]] = {}
     for number, unit in enumerate(job.units):
-        data = (writer.scratch / f"{number}.safetensors").read_bytes()
-        if hashlib.sha256(data).hexdigest() != writer.steps[unit]["sha256"]:
+        path = writer.scratch / f"{number}.safetensors"
+        if not path.is_file() or file_digest(path) != writer.steps[unit]["sha256"]:
             raise VerificationError(f"{unit}: what was kept of it has changed", hint="pass --no-resume to begin again")
-        tensors |= load(data)
-    writer.add(WEIGHTS, [TensorSpec(name, tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()])
-    for name, tensor in tensors.items():
-        writer.put(name, tensor)
+        found |= {name: (path, info) for name, info in read_header(path).items()}
+    specs = [TensorSpec(name, info.shape, info.dtype) for name, (_, info) in sorted(found.items())]
+    writer.add(WEIGHTS, specs)
+    for spec in specs:
+        path, info = found[spec.name]
+        writer.put(spec.name, read_bytes(path, info.offset, torch.empty(spec.shape, dtype=spec.dtype)))
     writer.done("adapter")
-    config = configuration(tensors, job.base, job.traits())
+    config = configuration(specs, job.base, job.traits())
     writer.write_text(CONFIG, json.dumps(config, indent=2) + "\n")
     return writer.read_back() | {CONFIG: file_digest(writer.staging / CONFIG)}
 
 
-def configuration(
-    tensors: Mapping[str, torch.Tensor], base: Checkpoint | None, traits: Mapping[str, Any]
-) -> dict[str, Any]:
-    """``adapter_config.json`` for ``tensors``, scaling 1 everywhere: alpha is the rank of every module."""
+def configuration(specs: Sequence[TensorSpec], base: Checkpoint | None, traits: Mapping[str, Any]) -> dict[str, Any]:
+    """``adapter_config.json`` for tensors as ``specs`` says, scaling 1 everywhere: alpha is the rank of every module."""
     ranks = {}
     whole = set()
-    for name, tensor in tensors.items():
-        module = name.removeprefix(PREFIX)
+    for spec in specs:
+        module = spec.name.removeprefix(PREFIX)
         for ending in (".lora_A.weight", ".lora_embedding_A"):
             if module.endswith(ending):
-                ranks[module.removesuffix(ending)] = tensor.shape[0]
+                ranks[module.removesuffix(ending)] = spec.shape[0]
         if "lora_" not in module:
             whole.add(module.rpartition(".")[0])
     common = Counter(ranks.values()).most_common(1)[0][0] if ranks else 1

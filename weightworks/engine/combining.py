@@ -117,12 +117,12 @@ class CombineJob:
         return self.options.each("weights", len(self.adapters)) or [1.0] * len(self.adapters)
 
     def updates(self, module: str) -> Updates:
-        """What the adapters do to one module; factors in float64, scaling and weight in B."""
+        """What the adapters do to one module; factors in float64, scaling and weight in A."""
         parts, numbers = [], []
         for number, (adapter, weight) in enumerate(zip(self.adapters, self.weights, strict=True)):
             if (pair := adapter.pairs.get(module)) is not None:
                 a, b = adapter.factors(module, torch.float64)
-                parts.append(Factors(b * (pair.scaling * weight), a))
+                parts.append(Factors(b, a * (pair.scaling * weight)))
                 numbers.append(number)
         return Updates(module, tuple(parts), tuple(numbers), len(self.adapters), self.settings.seed)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -117,13 +117,24 @@ def finish(
     return publish(job, writer, identity, rows, {**facts, "checks": checks}, files)
 
 
-def seal(job: Finished, writer: CheckpointWriter) -> dict[str, str]:
-    """Write what belongs beside the weights and read everything back; returns sha256 by file name."""
+def seal(
+    job: Finished,
+    writer: CheckpointWriter,
+    texts: Mapping[str, str] | None = None,
+    untrue: frozenset[str] = frozenset(),
+) -> dict[str, str]:
+    """Write what belongs beside the weights and read everything back; returns sha256 by file name.
+
+    Of the small files that are carried over ``texts`` replaces some, and ``untrue`` are left out.
+    """
     writer.write_index()
     writer.write_text("config.json", json.dumps(job.config(), indent=2) + "\n")
     if job.format is not None and job.format.name.startswith("gptq"):
         writer.write_text("quantize_config.json", json.dumps(job.quantization_config(), indent=2) + "\n")
-    copied = copy_sidecars(job.checkpoint.root, writer.staging)
+    copied = copy_sidecars(job.checkpoint.root, writer.staging, without=untrue | {*(texts or {})})
+    for name, text in (texts or {}).items():
+        writer.write_text(name, text)
+        copied.append(name)
     job.progress.say("verifying: reading everything back", detail=True)
     files = writer.read_back()
     small = {"config.json", "quantize_config.json", INDEX, *copied}

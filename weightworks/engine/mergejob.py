@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -19,10 +19,13 @@ from weightworks.errors import MethodError, NotFiniteError, UsageError, Weightwo
 from weightworks.report.card import merge_card
 from weightworks.report.progress import Progress
 from weightworks.stage.settings import Settings
+from weightworks.store import tokenizerfile
 from weightworks.store.checkpoint import Checkpoint
 from weightworks.store.dense import DenseView
 from weightworks.store.formats import Format
 from weightworks.store.tensorfile import TensorSpec
+from weightworks.store.tokenizerfile import SLOW, extended, extended_config
+from weightworks.store.vocabulary import Alignment, Reader
 from weightworks.store.writer import planned_bytes
 
 STATE_FILE = "merge_state.safetensors"
@@ -31,17 +34,6 @@ COSMETIC = {  # entries of a configuration that say nothing of what the weights 
     "_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache", "bos_token_id",
     "eos_token_id", "pad_token_id", "vocab_size", "tie_word_embeddings", "quantization_config", "max_position_embeddings",
 }  # fmt: skip
-
-
-class Reader(Protocol):
-    """Where the tensors of an input come from: a checkpoint, or a view of one."""
-
-    @property
-    def specs(self) -> list[TensorSpec]: ...
-
-    def read(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor: ...
-
-    def read_rows(self, name: str, start: int, stop: int, dtype: torch.dtype | None = None) -> torch.Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -93,6 +85,7 @@ class MergeJob:
     progress: Progress
     device: torch.device
     earlier: Checkpoint | None = None
+    vocabulary: Alignment | None = None  # how rows were matched, where vocabularies differ
     members: tuple[int, ...] = field(init=False)  # those of the models that are merged
     parts: list[Part] = field(init=False, default_factory=list)
     left_out: dict[str, str] = field(init=False, default_factory=dict)  # input tensors that go nowhere, and why
@@ -294,7 +287,26 @@ class MergeJob:
         if self.options.out_dtype != "same":
             key = "torch_dtype" if "torch_dtype" in config else "dtype"
             config[key] = self.options.out_dtype
+        if self.vocabulary is not None and self.vocabulary.new:
+            holder = "text_config" if "vocab_size" in config.get("text_config", {}) else None
+            size = {"vocab_size": self.vocabulary.rows}
+            config = {**config, **(size if holder is None else {holder: {**config[holder], **size}})}
         return config
+
+    def texts(self) -> dict[str, str]:
+        """Small files of the reference that the output has otherwise: its tokenizer, where tokens were added."""
+        if self.vocabulary is None or not self.vocabulary.new:
+            return {}
+        new, sources, root = self.vocabulary.new, self.vocabulary.sources, self.checkpoint.root
+        found = {tokenizerfile.FILE: extended(self.vocabulary.members[0].vocabulary, new, sources)}
+        if (path := root / tokenizerfile.CONFIG).is_file():
+            found[tokenizerfile.CONFIG] = extended_config(path.read_text(encoding="utf-8"), new, sources)
+        return found
+
+    @property
+    def untrue(self) -> frozenset[str]:
+        """Small files of the reference that would contradict the output."""
+        return SLOW if self.texts() else frozenset()
 
     def origin(self) -> dict[str, Any]:
         """The inputs, each as it was made."""
@@ -327,6 +339,8 @@ class MergeJob:
                 what = "the base stands for" if self.options.on_missing == "base" else "merged without"
                 lines.append(f"{part.spec.name}: {what} {', '.join(lacking)}")
         lines += [text for item in self.inputs for text in item.checkpoint.remarks]
+        if self.vocabulary is not None and self.vocabulary.mode == "base":
+            lines += self.vocabulary.lines
         return lines + [f"configurations differ: {text}" for text in self.config_differences]
 
     def card(self, provenance: dict[str, Any]) -> str:
@@ -349,6 +363,11 @@ class MergeJob:
             "max_shard_size": self.settings.shard_bytes,
             "seed": self.settings.seed,
             "environment": environment(self.device),
+            **(
+                {}
+                if self.vocabulary is None
+                else {"vocabularies": [one.vocabulary.digest for one in self.vocabulary.members]}
+            ),
             **facts,
         }
 

@@ -200,7 +200,10 @@ class Merging:
                     "it cannot be merged",
                     hint="merge models that agree on it",
                 )
-        self.writer.copy_from(item.checkpoint, part.spec.name)
+        if item.reader is item.checkpoint:
+            self.writer.copy_from(item.checkpoint, part.spec.name)
+        else:  # a view: the output's tensor is what it shows
+            self.writer.put(part.spec.name, item.reader.read(part.spec.name))
 
     def _slabs(self, part: Part, asking: Any, *, most: int = SLAB) -> Iterator[Slab]:
         return slabs(self.job, part, asking, most=most, state=self._state)

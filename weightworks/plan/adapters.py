@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from weightworks.engine.adapting import gather, reopened, run_units
 from weightworks.engine.combining import CombineJob
@@ -30,6 +31,7 @@ from weightworks.stream.memory import ran_out
 from weightworks.stream.skeleton import build
 
 Job = CombineJob | ExtractJob
+Source = TypeVar("Source", Adapter, Checkpoint)
 EXTRACT = "extract"
 CHECK_TOKENS = (2, 128)  # windows of the check text that the result is scored on: enough to see a broken adapter
 
@@ -45,15 +47,19 @@ def run_adapter(
     dry_run: bool = False,
     progress: Progress | None = None,
     announce: Callable[[dict[str, Any]], None] = lambda resolved: None,
+    called: Mapping[str, str] | None = None,
 ) -> Outcome:
-    """Make an adapter with the method ``adapter.name``: of the adapters ``inputs``, or (extract) of one fine-tune of ``base``."""
+    """Make an adapter with the method ``adapter.name``: of the adapters ``inputs``, or (extract) of one fine-tune of ``base``.
+
+    ``called`` is what provenance and card call inputs, by path.
+    """
     started = time.monotonic()
     progress = progress or Progress(quiet=True)
     entry = catalog.find("adapter", name)
     module = entry.load()
     method = module.Method(module.Options.parse(options, where=entry.label))
     make = _extraction if name == EXTRACT else _combination
-    job: Job = make(entry, method, inputs, settings, base, output_dir, progress)
+    job: Job = make(entry, method, inputs, settings, base, output_dir, progress, called or {})
     target = job.target
     if target.exists() and (not target.is_dir() or read_provenance(target) is None):
         check_target(target, overwrite=settings.overwrite)
@@ -80,12 +86,15 @@ def _combination(
     base: str | None,
     output_dir: Path | None,
     progress: Progress,
+    called: Mapping[str, str],
 ) -> CombineJob:
     """The merge of several adapters."""
     if not names:
         raise UsageError(f"{entry.label} needs at least one adapter")
-    adapters = [Adapter.open(one, allow_pickle=settings.allow_pickle) for one in names]
-    checkpoint = None if base is None else Checkpoint.open(base, allow_pickle=settings.allow_pickle)
+    adapters = [_named(Adapter.open(one, allow_pickle=settings.allow_pickle), called) for one in names]
+    checkpoint = None
+    if base is not None:
+        checkpoint = _named(Checkpoint.open(base, allow_pickle=settings.allow_pickle), called)
     target = (output_dir or Path("+".join(one.name.split("/")[-1] for one in adapters) + f"-{entry.name}")).absolute()
     keep_inputs(target, [*(one.store for one in adapters), *([checkpoint] if checkpoint else [])])
     inner, facts = _inner(method, len(adapters))
@@ -125,10 +134,15 @@ def _inner(method: Any, count: int) -> tuple[Any, dict[str, Any]]:
 
 
 def _value(text: str) -> Any:
+    """An option as typed: JSON, numbers with commas between them, or a text."""
     try:
         return json.loads(text)
     except ValueError:
-        return [float(part) for part in text.split(",")] if text.replace(",", "").replace(".", "").isdigit() else text
+        pass
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        return text
 
 
 def _extraction(
@@ -139,16 +153,24 @@ def _extraction(
     base: str | None,
     output_dir: Path | None,
     progress: Progress,
+    called: Mapping[str, str],
 ) -> ExtractJob:
     """The difference of one fine-tune from its base."""
     if base is None or len(names) != 1:
         raise UsageError(f"{entry.label} takes a base and one fine-tune of it", hint="merge extract-lora BASE TUNED")
-    origin, tuned = (Checkpoint.open(one, allow_pickle=settings.allow_pickle) for one in (base, names[0]))
+    origin, tuned = (
+        _named(Checkpoint.open(one, allow_pickle=settings.allow_pickle), called) for one in (base, names[0])
+    )
     target = (output_dir or Path(f"{short_name(tuned)}-lora")).absolute()
     keep_inputs(target, [origin, tuned])
     return ExtractJob(
         entry.label, entry.load().VERSION, method, settings, origin, tuned, target, progress, pick_device("cpu")
     )
+
+
+def _named(source: Source, called: Mapping[str, str]) -> Source:
+    """An input under the name that provenance and card shall have."""
+    return replace(source, source=called.get(source.source, source.source))
 
 
 def execute(job: Job, identity: dict[str, Any]) -> dict[str, Any]:

@@ -219,7 +219,7 @@ def roles_of(entry: catalog.Entry) -> dict[str, str]:
     """The inputs of a method: how many checkpoints each of its roles takes."""
     module = entry.load()
     own: dict[str, str] | None = getattr(module, "ROLES", None)
-    if own is not None or entry.kind != "merge":
+    if own is not None or entry.kind not in ("merge", "adapter"):
         return own or ROLES[entry.kind]
     base = {"required": {"base": ONE}, "optional": {"base": MAYBE}}.get(module.Method.BASE, {})
     earlier = {"earlier": MAYBE} if getattr(module.Method, "CONTINUES", False) else {}

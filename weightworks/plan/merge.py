@@ -19,6 +19,7 @@ from weightworks.engine.merging import LOOK, Merging, slab_rows
 from weightworks.errors import ResourceError, WeightworksError
 from weightworks.plan.heldout import costs, digests, fit, held_out
 from weightworks.plan.stage import Outcome, check_windows, finished, keep_inputs, log_path, short_name, stored_dtype
+from weightworks.plan.vocabularies import matched
 from weightworks.report.progress import Progress
 from weightworks.stage import catalog
 from weightworks.stage.merging import is_whole
@@ -26,9 +27,11 @@ from weightworks.stage.settings import Settings
 from weightworks.store.checkpoint import Checkpoint
 from weightworks.store.dense import DenseView
 from weightworks.store.manifest import read_provenance
+from weightworks.store.tokenizerfile import FILE
 from weightworks.store.writer import CheckpointWriter, check_target
 from weightworks.stream.memory import ran_out
 from weightworks.stream.skeleton import build
+from weightworks.stream.vocabulary import check_ids
 
 CHECK_FLOPS = 2e11  # arithmetic that scoring the result may take: a second or two
 LOADED = 1 << 28  # parameters up to which the check loads the whole result, beyond that its first block
@@ -66,9 +69,21 @@ def run_merge(
     if target.exists() and (not target.is_dir() or read_provenance(target) is None):
         check_target(target, overwrite=settings.overwrite)
     device = pick_device(settings.device)
+    inputs, origin, vocabulary = matched(inputs, origin, method.options, settings)
     job = MergeJob(
-        entry.label, module.VERSION, method, settings, inputs, origin, target, progress, device, earlier=before
+        entry.label,
+        module.VERSION,
+        method,
+        settings,
+        inputs,
+        origin,
+        target,
+        progress,
+        device,
+        earlier=before,
+        vocabulary=vocabulary,
     )
+    job.texts()  # what tokenizer cannot be made is refused now
     wanted = held_out(job)
     texts = digests(wanted)
     diagnosis = None if wanted or (job.options.align and not dry_run) else diagnose(job)
@@ -122,7 +137,12 @@ def execute(
             announce(resolved(job, diagnosis))
         merging = Merging(job, writer, diagnosis, fitted)
         rows = merging.run()
-        files = seal(job, writer)
+        files = seal(job, writer, job.texts(), job.untrue)
+        if job.vocabulary is not None:
+            facts["vocabulary"] = job.vocabulary.facts
+            if job.vocabulary.new:
+                with verification(writer):
+                    check_ids(writer.staging / FILE, {**job.vocabulary.members[0].vocabulary.ids, **job.vocabulary.new})
         with verification(writer):
             checks, quality = check(job, Checkpoint.open(writer.staging))
         facts |= {
@@ -164,7 +184,13 @@ def check(job: MergeJob, staged: Checkpoint) -> tuple[dict[str, Any], dict[str, 
     probe = probe[:count, :length].contiguous()
     job.returns_tuple = prove_written(job, view, probe)
     result = stream_perplexity(job, view, probe)
-    quality = {"dense": stream_perplexity(job, DenseView(job.compared.checkpoint), probe), "result": result}
+    compared = job.compared.checkpoint
+    if job.texts():  # it reads other tokens
+        own = check_windows(compared, job.skeleton, trust_remote_code=job.settings.trust_remote_code)[:count, :length]
+        dense = stream_perplexity(job, DenseView(compared), own.contiguous())
+    else:
+        dense = stream_perplexity(job, DenseView(compared), probe)
+    quality = {"dense": dense, "result": result}
     blocks = len(job.skeleton.blocks) if parameters <= LOADED else 1
     partial = result if blocks == len(job.skeleton.blocks) else None
     checks = verify(job, staged, probe, {"result": result, "partial": partial}, blocks)
@@ -251,6 +277,7 @@ def resolved(job: MergeJob, diagnosis: Diagnosis) -> dict[str, Any]:
         "seed": job.settings.seed,
         "device": str(job.device),
         "tensors": f"{len(job.merged)} merged, {len(job.parts) - len(job.merged)} copied, {len(job.left_out)} left out",
+        **({} if job.vocabulary is None else {"vocabularies": job.vocabulary.lines}),
         "notes": job.uncovered(),
         "diagnosis": diagnosis.facts(),
     }

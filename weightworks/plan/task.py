@@ -159,6 +159,20 @@ def _run(task: Task, *, dry_run: bool, executor: Executor | None = None) -> Any:
             progress=progress,
             called=called,
         )
+    if task.kind == "adapter":
+        from weightworks.plan.adapters import run_adapter
+
+        return run_adapter(
+            task.method,
+            [path for _, path in task.inputs["models"]],
+            dict(task.options),
+            settings,
+            base=next((path for _, path in task.inputs.get("base", ())), None),
+            output_dir=task.target,
+            dry_run=dry_run,
+            progress=progress,
+            called=called,
+        )
     from weightworks.plan.stage import run_stage
 
     if set(task.inputs) != {"model"}:

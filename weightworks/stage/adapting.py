@@ -102,8 +102,13 @@ class CombineOptions(AdapterOptions, PerModelOptions):
 
 
 class Combiner(Protocol):
-    """A method that makes one adapter of several. ``LINEAR`` says that its result stands for the weighted sum of updates."""
+    """A method that makes one adapter of several.
 
+    ``LINEAR`` says that its result stands for the weighted sum of updates, ``BASE`` whether it needs the base ("required",
+    "optional").
+    """
+
+    BASE: ClassVar[Literal["required", "optional"]]
     LINEAR: ClassVar[bool]
     options: Any
 
@@ -113,6 +118,7 @@ class Combiner(Protocol):
 class Projector(Protocol):
     """A method that leaves the arithmetic to a merge: it gives small matrices for it, and takes what the merge made."""
 
+    BASE: ClassVar[Literal["required", "optional"]]
     LINEAR: ClassVar[bool]
     options: Any
 
@@ -125,6 +131,7 @@ class Projector(Protocol):
 class Extractor(Protocol):
     """A method that makes a low-rank update of the difference of two weights."""
 
+    BASE: ClassVar[Literal["required", "optional"]]
     options: Any
 
     def extract(self, name: str, delta: torch.Tensor, seed: int) -> Made:

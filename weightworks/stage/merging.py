@@ -58,6 +58,10 @@ class MergeOptions(PerModelOptions):
         "error",
         description="when a model lacks a tensor: refuse, let the base stand for it, or merge the others without it",
     )
+    vocabulary: Literal["base", "union"] = Field(
+        "base",
+        description="where tokenizers differ rows are matched by token: those of the base, or of the first model, or of all",
+    )
     out_dtype: Literal["same", "float32", "bfloat16", "float16"] = Field(
         "same", description="dtype of the result; same: tensor by tensor that of the base, or of the first model"
     )

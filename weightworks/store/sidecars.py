@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 
 from weightworks.store.writer import writing
@@ -30,11 +31,13 @@ def _carried(path: Path) -> bool:
     return path.suffix in SUFFIXES or path.name.upper().startswith(("LICENSE", "LICENCE", "NOTICE", "USE_POLICY"))
 
 
-def copy_sidecars(root: Path, target: Path) -> list[str]:
-    """Copy them; returns their names relative to the folder."""
+def copy_sidecars(root: Path, target: Path, *, without: Collection[str] = ()) -> list[str]:
+    """Copy them, but for those named ``without``; returns their names relative to the folder."""
     names = []
     for path in sidecars(root):
         relative = path.relative_to(root)
+        if str(relative) in without:
+            continue
         content = path.read_bytes()
         with writing(target / relative):
             (target / relative).parent.mkdir(exist_ok=True)
