@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from commands import ONE_THREAD, SHORT_TEXT, Commands, Fault, Run, Started
 from safetensors.torch import load_file, save_file
@@ -128,8 +129,15 @@ def folder_of(plan: Plan, stage: str) -> Path:
     return output.folder
 
 
-def wait_for(happened: Callable[[], Any], seconds: float = 60.0) -> None:
+def wait_for(happened: Callable[[], Any], seconds: float = 300.0) -> None:
+    """Wait for something that comes unless the code is wrong, however busy the machine is."""
     end = time.monotonic() + seconds
     while not happened():
         assert time.monotonic() < end, "it did not happen"
         time.sleep(0.005)
+
+
+def wait_until_stopped(pid: int) -> None:
+    """Wait until a process is where a fault stops it (SIGSTOP)."""
+    wait_for(lambda: psutil.Process(pid).status() in (psutil.STATUS_STOPPED, psutil.STATUS_ZOMBIE))
+    assert psutil.Process(pid).status() == psutil.STATUS_STOPPED, "it ended instead"

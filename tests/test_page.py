@@ -586,7 +586,7 @@ def browse(page: str, folder: Path, *, width: int) -> tuple[dict[str, Any], list
         ],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
         check=False,
     )
     told = re.search(r"<body>(\{.*\})</body>", run.stdout, flags=re.DOTALL)

@@ -6,13 +6,13 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from commands import FEW, ONE_THREAD, TINY_LLAMA, Commands, Fault, Run
+from commands import FEW, HERE, ONE_THREAD, TINY_LLAMA, Commands, Fault, Run
+from places import wait_until_stopped
 
 from weightworks.store.sources import file_digest
 from weightworks.store.writer import JOURNAL
@@ -142,17 +142,17 @@ def test_killed_after_the_rename(
 def test_killed_from_outside_in_a_process_of_its_own(
     compress: Commands, undisturbed: dict[Sequence[object], dict[str, str]], tmp_path: Path
 ) -> None:
-    words = [sys.executable, "-c", "from cli.compress_app import main; main()", *map(str, GPTQ)]
-    journal = tmp_path / "out.partial" / JOURNAL
+    code = f"import sys; sys.path.insert(0, {str(HERE)!r}); import faults\n"
+    code += f"faults.signal_at({DONE!r}, 4, sent={int(signal.SIGSTOP)})\nfrom cli.compress_app import main; main()"
+    words = [sys.executable, "-c", code, *map(str, GPTQ)]
     process = subprocess.Popen(words, cwd=tmp_path, env={**os.environ, **ONE_THREAD}, stderr=subprocess.DEVNULL)
-    while not journal.exists() or journal.read_bytes().count(b"\n") < 4:  # identity, proof, two blocks
-        assert process.poll() is None
-        time.sleep(0.01)
+    wait_until_stopped(process.pid)
+    assert (tmp_path / "out.partial" / JOURNAL).read_bytes().count(b"\n") == 4  # identity, proof, two blocks
     process.kill()
     assert process.wait() == -signal.SIGKILL
     run = compress(*GPTQ, cwd=tmp_path)
     assert run.code == 0
-    assert "resuming after block " in run.err
+    assert "resuming after block 2 of 6" in run.err
     assert contents(tmp_path / "out") == undisturbed[GPTQ]
 
 
@@ -188,11 +188,10 @@ def test_interrupted(
 def test_interrupted_from_outside(
     compress: Commands, undisturbed: dict[Sequence[object], dict[str, str]], tmp_path: Path
 ) -> None:
-    run = compress.start(*GPTQ, cwd=tmp_path)
-    journal = tmp_path / "out.partial" / JOURNAL
-    while not journal.exists() or journal.read_bytes().count(b"\n") < 3:
-        time.sleep(0.01)
+    run = compress.start(*GPTQ, cwd=tmp_path, faults=[["signal_at", DONE, 3, {"sent": int(signal.SIGSTOP)}]])
+    wait_until_stopped(run.pid)
     run.send(signal.SIGINT)
+    run.send(signal.SIGCONT)
     assert run.wait().code == 130
     assert compress(*GPTQ, cwd=tmp_path).code == 0
     assert contents(tmp_path / "out") == undisturbed[GPTQ]
@@ -259,9 +258,7 @@ def test_two_runs_at_once(
     compress: Commands, undisturbed: dict[Sequence[object], dict[str, str]], tmp_path: Path
 ) -> None:
     first = compress.start(*GPTQ, cwd=tmp_path, faults=[["signal_at", DONE, 2, {"sent": int(signal.SIGSTOP)}]])
-    journal = tmp_path / "out.partial" / JOURNAL
-    while not journal.exists() or journal.read_bytes().count(b"\n") < 2:
-        time.sleep(0.01)
+    wait_until_stopped(first.pid)
     for extra in ([], ["--no-resume"]):
         second = compress(*GPTQ, *extra, cwd=tmp_path)
         assert second.code == 1
