@@ -17,6 +17,7 @@ from cli.params import command, given, parameters
 from cli.render import duration, emit, pairs, show, show_error, size, table
 from cli.scores import show_scores
 from weightworks.errors import UsageError
+from weightworks.report.sparsity import run_time, sparsity, weight_on_disk
 from weightworks.stage import catalog
 
 MODEL = Annotated[
@@ -44,6 +45,24 @@ def quantize(
 ) -> int | None:
     """Quantize a checkpoint's linear layers to 2, 3, 4 or 8 bits."""
     return run_method("quantize", model, method, output_dir, dry_run, json, quiet, verbose, values)
+
+
+def prune(
+    model: MODEL,
+    method: Annotated[str, typer.Option("--method", help="pruning method; see: compress methods")] = "sparsegpt",
+    output_dir: Annotated[
+        Path | None, typer.Option("-o", "--output-dir", help="default: the model's name plus what was done, here")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="print time, memory, disk and output size; write nothing")
+    ] = False,
+    json: JSON = False,
+    quiet: QUIET = False,
+    verbose: VERBOSE = False,
+    **values: Any,
+) -> int | None:
+    """Set weights of a checkpoint's linear layers to zero: a share of them, or all but N of every M (2:4 keeps 2 of 4)."""
+    return run_method("prune", model, method, output_dir, dry_run, json, quiet, verbose, values)
 
 
 def run_method(
@@ -130,15 +149,13 @@ def show_outcome(outcome: Any) -> None:
     facts = outcome.provenance
     if outcome.cached:
         show(f"already done: {outcome.target} was made by this very command and is intact")
-    sizes, quality, checks = facts["size"], facts["quality"], facts["checks"]
+    quality, checks = facts["quality"], facts["checks"]
     before, after = quality["dense"], quality["result"]
     worst = sorted(facts["report"], key=lambda row: -row.get("relative_error", row.get("relative_weight_error", 0.0)))[
         :3
     ]
-    summary = {
-        "written": str(outcome.target),
-        "size": f"{size(sizes['bytes_out'])}, was {size(sizes['bytes_in'])} ({sizes['ratio']:.2f}x smaller)",
-        "bits a weight": f"{sizes['bits_a_weight']:.3f} in {facts['tensors']['transformed']} quantized tensors",
+    summary = {"written": str(outcome.target), **worth(facts)}
+    summary |= {
         "perplexity": f"{before:.3f} -> {after:.3f} ({after / before - 1:+.2%}) on the built-in check text",
         "verified": f"{facts['tensors']['input']} tensors accounted for, read back, loaded by {checks['loader']}: "
         f"perplexity {checks['perplexity_reloaded']:.4f}, in memory {checks['perplexity_in_memory']:.4f}"
@@ -156,6 +173,19 @@ def show_outcome(outcome: Any) -> None:
     pairs(summary)
     for line in outcome.fallbacks:
         show(f"  fallback: {line}")
+
+
+def worth(facts: dict[str, Any]) -> dict[str, str]:
+    """What was gained in bytes, bits and time."""
+    sizes = facts["size"]
+    told = {"size": f"{size(sizes['bytes_out'])}, was {size(sizes['bytes_in'])} ({sizes['ratio']:.2f}x smaller)"}
+    if "kept_weights" in sizes:
+        told["sparsity"] = sparsity(sizes)
+        told["on disk"] = weight_on_disk(sizes)
+        told["run time gain"] = run_time(facts["identity"]["options"])
+    if "quantized_weights" in sizes:
+        told["bits a weight"] = f"{sizes['bits_a_weight']:.3f} in {facts['tensors']['transformed']} quantized tensors"
+    return told
 
 
 def evaluate(
@@ -355,8 +385,9 @@ def methods(
 
 
 COMMANDS: dict[str, Callable[..., int | None]] = {
-    "quantize": quantize, "evaluate": evaluate, "inspect": inspect, "diff": diff, "verify": verify, "methods": methods,
-    "run": recipes.run, "explain": recipes.explain, "schema": recipes.schema, "recipe": recipes.recipe, "cache": recipes.cache,
+    "quantize": quantize, "prune": prune, "evaluate": evaluate, "inspect": inspect, "diff": diff, "verify": verify,
+    "methods": methods, "run": recipes.run, "explain": recipes.explain, "schema": recipes.schema, "recipe": recipes.recipe,
+    "cache": recipes.cache,
 }  # fmt: skip
 
 

@@ -1,11 +1,12 @@
 """Compression of checkpoints, from Python.
 
-    from compress import evaluate, quantize
+    from compress import evaluate, prune, quantize
 
     outcome = quantize("examples/tiny-llama", bits=4, output_dir="tiny-llama-w4")
+    sparse = prune("examples/tiny-llama", pattern="2:4", output_dir="tiny-llama-2of4")
     report = evaluate(["examples/tiny-llama", str(outcome.target)], ["held-out.txt"])
 
-Both do what the commands of the same names do. Nothing heavy is imported before the first call.
+They do what the commands of the same names do. Nothing heavy is imported before the first call.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-__all__ = ["evaluate", "quantize"]
+__all__ = ["evaluate", "prune", "quantize"]
 
 
 def __getattr__(name: str) -> Any:
@@ -21,8 +22,8 @@ def __getattr__(name: str) -> Any:
         from weightworks.plan.evaluate import evaluate
 
         return evaluate
-    if name == "quantize":
-        return importlib.import_module("compress.quantize")
+    if name in ("prune", "quantize"):
+        return importlib.import_module(f"compress.{name}")
     raise AttributeError(f"module 'compress' has no attribute '{name}'")
 
 

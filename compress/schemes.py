@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from weightworks.options import Options
 from weightworks.store.packing import IntScheme
@@ -19,6 +19,19 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 # The head and routers: a wrong token or a wrong expert costs more than the bytes they take.
 ALWAYS_IGNORED = ("lm_head", "*.gate", "*.router", "*.shared_expert_gate")
+IGNORE = "further layers left as they are: globs, or regular expressions after re: (lm_head and routers always are)"
+
+
+def _compiled(value: list[str]) -> list[str]:
+    for pattern in value:
+        try:
+            re.compile(pattern.removeprefix("re:") if pattern.startswith("re:") else "")
+        except re.error as error:
+            raise ValueError(f"not a regular expression: {error}") from None
+    return value
+
+
+Patterns = Annotated[list[str], AfterValidator(_compiled)]  # of layers
 
 
 class IntegerOptions(Options):
@@ -36,10 +49,7 @@ class IntegerOptions(Options):
     format: Literal["compressed-tensors", "gptq", "gptq_v2", "dense"] = Field(
         "compressed-tensors", description="container of the result; dense writes dequantized weights"
     )
-    ignore: list[str] = Field(
-        default=[],
-        description="further layers left as they are: globs, or regular expressions after re: (lm_head and routers always are)",
-    )
+    ignore: Patterns = Field(default=[], description=IGNORE)
 
     @model_validator(mode="before")
     @classmethod
@@ -58,16 +68,6 @@ class IntegerOptions(Options):
     def _group(cls, value: int) -> int:
         if value != -1 and value < 1:
             raise ValueError("must be -1 (per channel) or at least 1")
-        return value
-
-    @field_validator("ignore")
-    @classmethod
-    def _patterns(cls, value: list[str]) -> list[str]:
-        for pattern in value:
-            try:
-                re.compile(pattern.removeprefix("re:") if pattern.startswith("re:") else "")
-            except re.error as error:
-                raise ValueError(f"not a regular expression: {error}") from None
         return value
 
     @property

@@ -7,11 +7,16 @@ SparseGPT, arXiv:2301.00774, algorithm 1).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
 
+from compress.grids import Grid
+
 BLOCK = 128  # columns swept before the rest is updated by one matrix product (GPTQ, section 3.3, step 2)
+COLD = 64  # inputs seen, below which H says nothing worth compensating for (experts that no token reached)
+SAMPLE = 128  # rows whose output error is reported
 
 
 class Rule(Protocol):
@@ -55,3 +60,51 @@ def sweep(weight: torch.Tensor, lower: torch.Tensor, rule: Rule, *, block: int) 
         weight[stop:].addmm_(lower[stop:, start:stop], errors, alpha=-1)
         loss += errors.square_().sum(0)
     return loss
+
+
+class Rounding:
+    """The nearest points of the grid, as a rule of the sweep; the codes uint8 [in, out] and grids are its attributes.
+
+    ``index`` [in] gives each column's group, ``scale`` and ``zero`` [groups, out] the grids of the groups. With
+    ``importance`` [in] a group's grid is fitted in place when the sweep reaches it, from weights that hold every earlier
+    column's error (the released code leaves out those of the running block).
+    """
+
+    def __init__(
+        self,
+        grid: Grid,
+        index: Sequence[int],
+        scale: torch.Tensor,
+        zero: torch.Tensor,
+        importance: torch.Tensor | None = None,
+    ) -> None:
+        self.grid, self.index, self.scale, self.zero, self.importance = grid, index, scale, zero, importance
+        self.group = index.count(index[0])
+        self.codes = torch.empty(len(index), scale.shape[1], dtype=torch.uint8, device=scale.device)
+
+    def enter(self, start: int, weight: torch.Tensor, scale: torch.Tensor) -> None:
+        pass
+
+    def column(self, j: int, rest: torch.Tensor) -> torch.Tensor:
+        g = self.index[j]
+        if self.importance is not None and j % self.group == 0:
+            fitted = self.grid.fit(rest[: self.group].T, self.importance[j : j + self.group])
+            self.scale[g], self.zero[g] = fitted
+        code = self.grid.round(rest[0], self.scale[g], self.zero[g])
+        self.codes[j] = code
+        return code.sub_(self.zero[g]).mul_(self.scale[g])
+
+
+def output_energy(weight: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:
+    """tr(W H W') by row [out] on an even sample of rows, 0 elsewhere: what losses are relative to."""
+    energy = torch.zeros(weight.shape[0], device=weight.device)
+    step = max(1, weight.shape[0] // SAMPLE)
+    rows = weight[::step]
+    energy[::step] = ((rows @ hessian) * rows).sum(1)
+    return energy
+
+
+def relative_loss(loss: torch.Tensor, energy: torch.Tensor) -> float:
+    """The share of the output's energy that the error makes, of the rows [out] whose ``energy`` was taken."""
+    total = float(energy.sum())
+    return float(loss[energy > 0].sum() / total) if total > 0 else 0.0

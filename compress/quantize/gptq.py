@@ -15,15 +15,13 @@ from pydantic import Field
 from compress.grids import Grid, grouped
 from compress.hessian import Factor, Hessian, factor
 from compress.schemes import IntegerOptions
-from compress.sweep import block_size, sweep
+from compress.sweep import COLD, Rounding, block_size, output_energy, relative_loss, sweep
 from weightworks.stage.protocols import Solution, Target
 from weightworks.store.packing import IntScheme, Quantized
 
 PAPER = "Frantar et al. 2022, arXiv:2210.17323"
 VERSION = 1
 SWEPT = 1 << 23  # weights swept at a time: rows are independent, and a block of this many rows stays in the cache
-COLD = 64  # inputs seen, below which H says nothing worth compensating for (experts that no token reached)
-SAMPLE = 128  # rows whose output error is reported
 
 
 class Options(IntegerOptions):
@@ -80,39 +78,6 @@ def quantize(
     return Quantized(scheme, codes, scale.to(grid.scale_dtype), zero.byte(), moved), loss, found
 
 
-class Rounding:
-    """The nearest points of the grid, as a rule of the sweep; the codes uint8 [in, out] and grids are its attributes.
-
-    ``index`` [in] gives each column's group, ``scale`` and ``zero`` [groups, out] the grids of the groups. With
-    ``importance`` [in] a group's grid is fitted in place when the sweep reaches it, from weights that hold every earlier
-    column's error (the released code leaves out those of the running block).
-    """
-
-    def __init__(
-        self,
-        grid: Grid,
-        index: Sequence[int],
-        scale: torch.Tensor,
-        zero: torch.Tensor,
-        importance: torch.Tensor | None = None,
-    ) -> None:
-        self.grid, self.index, self.scale, self.zero, self.importance = grid, index, scale, zero, importance
-        self.group = index.count(index[0])
-        self.codes = torch.empty(len(index), scale.shape[1], dtype=torch.uint8, device=scale.device)
-
-    def enter(self, start: int, weight: torch.Tensor, scale: torch.Tensor) -> None:
-        pass
-
-    def column(self, j: int, rest: torch.Tensor) -> torch.Tensor:
-        g = self.index[j]
-        if self.importance is not None and j % self.group == 0:
-            fitted = self.grid.fit(rest[: self.group].T, self.importance[j : j + self.group])
-            self.scale[g], self.zero[g] = fitted
-        code = self.grid.round(rest[0], self.scale[g], self.zero[g])
-        self.codes[j] = code
-        return code.sub_(self.zero[g]).mul_(self.scale[g])
-
-
 class Method:
     """GPTQ as a blockwise method."""
 
@@ -153,22 +118,12 @@ class Method:
         elif found.steps and tokens >= COLD:
             fallbacks += found.steps
         facts = {"tokens": tokens, "damping": found.damping, "dead_inputs": dead}
-        solutions = []
-        for part, error, total in zip(
-            split(quantized, heights), loss.split(heights), energy.split(heights), strict=True
-        ):
-            share = float(error[total > 0].sum() / total.sum()) if float(total.sum()) > 0 else 0.0
-            solutions.append(Solution(part, {**facts, "relative_error": share}, list(fallbacks)))
-        return solutions
-
-
-def output_energy(weight: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:
-    """tr(W H W') by row [out] on an even sample of rows, 0 elsewhere: what losses are relative to."""
-    energy = torch.zeros(weight.shape[0], device=weight.device)
-    step = max(1, weight.shape[0] // SAMPLE)
-    rows = weight[::step]
-    energy[::step] = ((rows @ hessian) * rows).sum(1)
-    return energy
+        return [
+            Solution(part, {**facts, "relative_error": relative_loss(error, total)}, list(fallbacks))
+            for part, error, total in zip(
+                split(quantized, heights), loss.split(heights), energy.split(heights), strict=True
+            )
+        ]
 
 
 def split(weight: Quantized, heights: Sequence[int]) -> list[Quantized]:

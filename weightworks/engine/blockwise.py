@@ -224,10 +224,11 @@ def bounded(stages: Sequence[Stage], limit: int) -> Iterator[list[Group]]:
 
 def summary(rows: Sequence[dict[str, Any]]) -> str:
     """A block in a few words: worst relative error, and fallbacks if any."""
-    worst = max(rows, key=lambda row: row.get("relative_error", 0.0), default=None)
-    if worst is None:
+    if not rows:
         return "nothing to do"
-    text = f"worst output error {worst.get('relative_error', 0.0):.2%} ({worst['tensor'].removesuffix('.weight').split('.')[-1]})"
+    what, key = ("output", "relative_error") if "relative_error" in rows[0] else ("weight", "relative_weight_error")
+    worst = max(rows, key=lambda row: row.get(key, 0.0))
+    text = f"worst {what} error {worst.get(key, 0.0):.2%} ({worst['tensor'].removesuffix('.weight').split('.')[-1]})"
     count = sum(1 for row in rows if row.get("fallbacks"))
     return text + (f", {count} with fallbacks" if count else "")
 

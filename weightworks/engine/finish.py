@@ -18,6 +18,7 @@ from weightworks.store.checkpoint import INDEX, Checkpoint
 from weightworks.store.dense import DenseView
 from weightworks.store.formats import Format
 from weightworks.store.manifest import PROVENANCE
+from weightworks.store.masks import check_masks
 from weightworks.store.sidecars import copy_sidecars
 from weightworks.store.sources import file_digest
 from weightworks.store.writer import CheckpointWriter
@@ -190,11 +191,14 @@ def verify(
     if set(view.names) != expected:
         lost, extra = sorted(expected - set(view.names)), sorted(set(view.names) - expected)
         raise VerificationError(f"tensors do not add up: missing {lost[:5]}, unexpected {extra[:5]}")
+    masks = check_masks(view)
     count = len(job.skeleton.blocks)
     memory = in_memory.get("partial")
     if memory is None:
         memory = stream_perplexity(job, view, probe, reload_blocks)
     checks: dict[str, Any] = {"perplexity_in_memory": memory, "blocks_loaded": reload_blocks, "blocks": count}
+    if masks is not None:
+        checks["masks"] = masks
     missing, reference = stock_loader_missing(staged), memory
     checks["dequantize"] = False
     if missing:

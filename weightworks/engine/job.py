@@ -27,10 +27,11 @@ from weightworks.report.progress import Progress
 from weightworks.stage.protocols import Solution, Target
 from weightworks.stage.settings import Settings
 from weightworks.store.adapters import Adapter
-from weightworks.store.checkpoint import Checkpoint
+from weightworks.store.checkpoint import MASKS, Checkpoint
 from weightworks.store.dense import DenseView
 from weightworks.store.formats import Format, find_format
 from weightworks.store.manifest import read_provenance
+from weightworks.store.masks import SUFFIX, mask_spec, pack_bits
 from weightworks.store.packing import IntScheme, Quantized
 from weightworks.store.tensorfile import TensorSpec
 from weightworks.store.writer import planned_bytes
@@ -56,6 +57,7 @@ class Job:
     blocks: list[list[Linear]] = field(init=False)
     kept: dict[str, str] = field(init=False, default_factory=dict)  # matrices inside blocks left as they are, and why
     returns_tuple: int = field(init=False, default=0)  # length of the tuple blocks return, once that is proven
+    keeps: Mapping[str, int] = field(init=False, default_factory=dict)  # what surveys found, by tensor
 
     def __post_init__(self) -> None:
         self.view = DenseView(self.checkpoint)
@@ -106,30 +108,41 @@ class Job:
                 f"{self.checkpoint.root}: nothing to do: no linear layer is left after --ignore",
                 hint=f"ignored: {', '.join(getattr(self.options, 'ignored', ()))}",
             )
-        scheme, problems, uneven = self.scheme, {}, False
+        problems = self._misfits()
+        if problems:
+            lines = "\n".join(f"  {name}: {reason}" for name, reason in problems.items())
+            widths = sorted({linear.shape[1] for linear in self.linears.values()})
+            way = f"widths here: {widths}; choose {{}} that divides them{{}}, or --ignore them"
+            pruning = hasattr(self.method, "refusal")
+            hint = "change what is named there, or --ignore these tensors"
+            if any("not divisible" in reason for reason in problems.values()):
+                hint = way.format("a --group-size", ", -1 for per channel")
+            if any("not a multiple" in reason for reason in problems.values()):
+                hint = way.format("a --pattern N:M with an M", "")
+            raise MethodError(
+                f"{self.label} cannot {'prune' if pruning else 'quantize'} {len(problems)} of {len(self.linears)} "
+                f"tensors as asked:\n{lines}",
+                hint=hint,
+            )
+
+    def _misfits(self) -> dict[str, str]:
+        """Weights that do not fit method, scheme or container, each with the reason."""
+        scheme, problems = self.scheme, {}
         for linear in self.linears.values():
-            if scheme is None:
-                break
             expert = linear.piece.expert is not None
-            if scheme.group_size != -1 and linear.shape[1] % scheme.group_size:
+            if hasattr(self.method, "refusal") and (reason := self.method.refusal(linear.shape)):
+                problems[linear.tensor] = reason
+            elif scheme is None:
+                continue
+            elif scheme.group_size != -1 and linear.shape[1] % scheme.group_size:
                 problems[linear.tensor] = (
                     f"width {linear.shape[1]} is not divisible by the group size {scheme.group_size}"
                 )
-                uneven = True
             elif self.format and (
                 reason := self.format.refusal(scheme, linear.shape, transposed=linear.transposed, expert=expert)
             ):
                 problems[linear.tensor] = reason
-        if problems:
-            lines = "\n".join(f"  {name}: {reason}" for name, reason in problems.items())
-            widths = sorted({linear.shape[1] for linear in self.linears.values()})
-            way = (
-                f"widths here: {widths}; choose a --group-size that divides them, -1 for per channel, or --ignore them"
-            )
-            raise MethodError(
-                f"{self.label} cannot quantize {len(problems)} of {len(self.linears)} tensors as asked:\n{lines}",
-                hint=way if uneven else "change what is named there, or --ignore these tensors",
-            )
+        return problems
 
     @cached_property
     def specs(self) -> list[TensorSpec]:
@@ -144,30 +157,60 @@ class Job:
         return specs
 
     @cached_property
+    def side(self) -> dict[str, list[TensorSpec]]:
+        """Files of tensors beside the weights: the masks of a method that prunes."""
+        if not getattr(self.method, "masks", False):
+            return {}
+        return {MASKS: [mask_spec(linear.tensor, self._stored_shape(linear)) for linear in self.linears.values()]}
+
+    def _stored_shape(self, linear: Linear) -> tuple[int, int]:
+        """The shape of the dense tensor that the output stands for: a packed weight decodes to [out, in]."""
+        rows, columns = linear.shape
+        return (columns, rows) if linear.transposed and self.format is None else (rows, columns)
+
+    @cached_property
     def weight_bytes(self) -> int:
-        """Bytes of the weight files to be written: exact."""
-        return planned_bytes(self.specs, self.settings.shard_bytes)
+        """Bytes of the weight files to be written, masks included: exact."""
+        return planned_bytes(self.specs, self.settings.shard_bytes, self.side)
+
+    @cached_property
+    def block_of(self) -> dict[str, int]:
+        """The number of the block that each weight is in."""
+        return {linear.tensor: index for index, block in enumerate(self.blocks) for linear in block}
 
     def target_of(self, linear: Linear) -> Target:
         """What the method must know of a weight's destination."""
-        if self.format is None:
-            return Target(linear.tensor, torch.float32)
-        first_version = self.format.name == "gptq"  # it stores zero - 1, so 0 cannot be held
-        return Target(linear.tensor, self.format.scale_dtype(linear.dtype), 1 if first_version else 0)
+        scale_dtype = torch.float32 if self.format is None else self.format.scale_dtype(linear.dtype)
+        first_version = (
+            self.format is not None and self.format.name == "gptq"
+        )  # it stores zero - 1, so 0 cannot be held
+        place, keep = self.block_of[linear.tensor], self.keeps.get(linear.tensor)
+        return Target(linear.tensor, scale_dtype, int(first_version), place, keep)
 
     def stored(self, linear: Linear, solution: Solution) -> dict[str, torch.Tensor]:
-        """The tensors that will stand for a solved weight."""
+        """The tensors that will stand for a solved weight, and for its mask."""
+        tensors, mask = {}, solution.mask
         if self.format is not None:
             assert isinstance(solution.weight, Quantized)
-            return self.format.tensors(linear.base, solution.weight)
-        dense = solution.dense().to(linear.dtype)
-        return {linear.tensor: dense.T.contiguous() if linear.transposed else dense}
+            tensors = self.format.tensors(linear.base, solution.weight)
+        else:
+            dense = solution.dense().to(linear.dtype)
+            if mask is not None:
+                dense = dense.masked_fill(~mask & (dense == 0), 0)  # a zero times a negative scale has a sign
+            tensors[linear.tensor] = dense.T.contiguous() if linear.transposed else dense
+        if mask is not None:
+            turned = linear.transposed and self.format is None
+            tensors[linear.tensor + SUFFIX] = pack_bits((mask.T if turned else mask).cpu())
+        return tensors
 
     def row(self, linear: Linear, solution: Solution) -> dict[str, Any]:
         """The report's line on one weight."""
         row: dict[str, Any] = {"tensor": linear.tensor, "shape": list(linear.shape), "method": self.label}
         if isinstance(solution.weight, Quantized):
             row["bits"] = solution.weight.scheme.bits
+        if solution.mask is not None:
+            row["kept"] = int(solution.mask.sum())
+            row["sparsity"] = 1 - row["kept"] / solution.mask.numel()
         names = self.specs_of(linear)
         row["bytes_in"] = linear.shape[0] * linear.shape[1] * linear.dtype.itemsize
         row["bytes_out"] = sum(spec.nbytes for spec in names)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from weightworks.engine.executor import Executor
 from weightworks.engine.finish import copy_rest, finish, stream_perplexity
 from weightworks.engine.job import Job, digest_of
 from weightworks.engine.machine import compute_dtype, free_memory, pick_device
+from weightworks.engine.survey import run_surveys
 from weightworks.engine.tensorwise import run_tensorwise
 from weightworks.errors import CalibrationError, DegradedError, OutputError, ResourceError, WeightworksError
 from weightworks.report.progress import Progress
@@ -88,7 +89,7 @@ def run_stage(
     if target.exists() and (not target.is_dir() or read_provenance(target) is None):
         check_target(target, overwrite=settings.overwrite)
     job = Job(entry.label, module.VERSION, method, settings, checkpoint, target, progress, pick_device(settings.device))
-    calibration = calibrate(job) if hasattr(method, "watch") else None
+    calibration = calibrate(job) if reads_text(method) else None
     probe = check_windows(checkpoint, job.skeleton, trust_remote_code=settings.trust_remote_code)
     dtype = compute_dtype(settings.dtype, stored_dtype(checkpoint), job.device) if calibration else torch.float32
     data = {} if calibration is None else {"calibration": calibration.digest, "dtype": str(dtype)}
@@ -130,10 +131,12 @@ def execute(
         max_shard_bytes=settings.shard_bytes,
         overwrite=settings.overwrite,
         resume=settings.resume,
+        side=job.side,
     )
     job.progress.log_to(log_path(job.target))
     try:
-        if calibration is not None:
+        run_surveys(job, writer, calibration, probe, dtype, on_disk=costs.on_disk)
+        if calibration is not None and hasattr(job.method, "solve"):
             results = Blockwise(
                 job,
                 writer,
@@ -152,7 +155,10 @@ def execute(
             written = Written(job, writer)
             results["result"] = stream_perplexity(job, written, probe)
             results["partial"] = stream_perplexity(job, written, probe, costs.reload_blocks)
-        facts: dict[str, Any] = {"size": sizes(job), "quality": {key: results[key] for key in ("dense", "result")}}
+        facts: dict[str, Any] = {
+            "size": sizes(job, results["rows"]),
+            "quality": {key: results[key] for key in ("dense", "result")},
+        }
         if calibration is not None:
             facts["calibration"] = {
                 "dataset": settings.dataset,
@@ -182,6 +188,12 @@ def execute(
     finally:
         writer.close()
         job.progress.close()
+
+
+def reads_text(method: Any) -> bool:
+    """Whether a method, or a survey it asks for, looks at the inputs that a calibration text makes."""
+    surveys = method.surveys() if hasattr(method, "surveys") else ()
+    return hasattr(method, "watch") or any(survey.watch is not None for survey in surveys)
 
 
 def calibrate(job: Job) -> Calibration:
@@ -256,8 +268,11 @@ def short_name(checkpoint: Checkpoint) -> str:
 
 
 def default_target(checkpoint: Checkpoint, method: str, options: Any) -> Path:
-    """The model's name plus what was done, in the current folder: ``tiny-llama-gptq-w4g128``."""
+    """The model's name plus what was done, in the current folder: ``tiny-llama-gptq-w4g128``, ``tiny-llama-wanda-2of4``."""
     name = short_name(checkpoint)
+    if (share := getattr(options, "sparsity", None)) is not None:
+        pattern = getattr(options, "pattern", "unstructured")
+        method += f"-s{100 * share:g}" if pattern == "unstructured" else f"-{pattern.replace(':', 'of')}"
     if (bits := getattr(options, "bits", None)) is None:
         return Path(f"{name}-{method}")
     size = getattr(options, "group_size", -1)
@@ -299,14 +314,26 @@ def resolved(job: Job, calibration: Calibration | None, dtype: torch.dtype) -> d
     return facts | ({"note": remarks} if (remarks := job.checkpoint.remarks) else {})
 
 
-def sizes(job: Job) -> dict[str, Any]:
-    """Bytes before and after, and true bits a weight of the quantized layers (packed codes, scales, zero points)."""
+def sizes(job: Job, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Bytes before and after, and true bits a weight of the changed layers (packed codes, scales, zero points).
+
+    Of what was pruned also how many weights stay, what the masks take, and what the folder would as bits and values.
+    """
     weights = sum(linear.shape[0] * linear.shape[1] for linear in job.linears.values())
     changed = sum(spec.nbytes for linear in job.linears.values() for spec in job.specs_of(linear))
-    return {
+    bytes_out = sum(spec.nbytes for spec in job.specs)
+    facts = {
         "bytes_in": job.checkpoint.nbytes,
-        "bytes_out": sum(spec.nbytes for spec in job.specs),
-        "quantized_weights": weights,
+        "bytes_out": bytes_out,
+        **({"quantized_weights": weights} if job.scheme is not None else {}),
         "bits_a_weight": 8 * changed / weights,
-        "ratio": job.checkpoint.nbytes / sum(spec.nbytes for spec in job.specs),
+        "ratio": job.checkpoint.nbytes / bytes_out,
     }
+    if job.side:
+        kept = {row["tensor"]: row["kept"] for row in rows}
+        masks = sum(spec.nbytes for members in job.side.values() for spec in members)
+        values = sum(count * job.linears[name].dtype.itemsize for name, count in kept.items())
+        facts |= {"masked_weights": weights, "kept_weights": sum(kept.values()), "masks_bytes": masks}
+        if job.format is None:
+            facts["bitmask_bytes"] = bytes_out - changed + masks + values
+    return facts

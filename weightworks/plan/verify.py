@@ -12,9 +12,10 @@ from weightworks.engine.finish import TOLERANCE
 from weightworks.engine.machine import free_memory
 from weightworks.errors import WeightworksError
 from weightworks.plan.stage import check_windows
-from weightworks.store.checkpoint import Checkpoint
+from weightworks.store.checkpoint import MASKS, Checkpoint
 from weightworks.store.dense import DenseView
 from weightworks.store.manifest import changed_files, read_provenance
+from weightworks.store.masks import check_masks
 from weightworks.store.sources import folders
 from weightworks.store.writer import check_finite
 from weightworks.stream.activations import Activations
@@ -41,7 +42,9 @@ def verify(source: str, *, trust_remote_code: bool = False, allow_pickle: bool =
     except WeightworksError as error:
         return [*checks, _check("tensors", False, str(error))]
     checks.append(_tensors(view, provenance))
-    if checks[-1]["ok"] and checks[-2]["ok"]:
+    if (root / MASKS).is_file():
+        checks.append(_masks(view))
+    if all(check["ok"] for check in checks[1:]):
         try:
             checks += _scores(view, skeleton, provenance, trust_remote_code)
         except WeightworksError as error:
@@ -81,6 +84,17 @@ def _tensors(view: DenseView, provenance: dict[str, Any] | None) -> dict[str, An
         return _check("tensors", True, f"{len(view.names)}, all that the model needs")
     expected = provenance["tensors"]["input"]
     return _check("tensors", len(view.names) == expected, f"{len(view.names)}, {expected} went in")
+
+
+def _masks(view: DenseView) -> dict[str, Any]:
+    """Whether every weight that its mask says is pruned is zero."""
+    try:
+        found = check_masks(view)
+    except WeightworksError as error:
+        return _check("masks", False, str(error))
+    assert found is not None
+    share = 1 - found["kept"] / found["weights"]
+    return _check("masks", True, f"{share:.4%} of {found['weights']:,} weights in {found['tensors']} tensors are zero")
 
 
 def _scores(

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from weightworks.report.sparsity import run_time, sparsity, weight_on_disk
 from weightworks.store.checkpoint import Checkpoint
 
 TEMPLATE = """---
@@ -40,16 +41,15 @@ TEMPLATE = """---
 def model_card(source: Checkpoint, name: str, provenance: dict[str, Any], dequantize: bool) -> str:
     """The card of an output folder called ``name``."""
     identity, options = provenance["identity"], provenance["identity"]["options"]
-    bits, group = options.get("bits"), options.get("group_size")
-    method = identity["method"].split(".")[-1]
-    group_text = "one scale a row" if group == -1 else f"groups of {group}"
-    sentence = f"`{source.name}` quantized to {bits} bits ({method}, {group_text})."
+    bits = options.get("bits")
     quality = provenance.get("quality", {})
     size = provenance["size"]
-    rows = [
-        ("weights on disk", f"{size['bytes_out']:,} bytes, {size['bytes_in'] / size['bytes_out']:.2f}x smaller"),
-        ("bits a weight", f"{size['bits_a_weight']:.3f} in quantized layers, scales included"),
-    ]
+    sentence = f"`{source.name}` {_done(identity['method'], options)}."
+    rows = [("weights on disk", f"{size['bytes_out']:,} bytes, {size['bytes_in'] / size['bytes_out']:.2f}x smaller")]
+    if "kept_weights" in size:
+        rows += [("sparsity", sparsity(size)), ("size", weight_on_disk(size)), ("run time gain", run_time(options))]
+    if "quantized_weights" in size:
+        rows.append(("bits a weight", f"{size['bits_a_weight']:.3f} in quantized layers, scales included"))
     if quality:
         rows.append(
             ("perplexity on the built-in check text", f"{quality['dense']:.3f} before, {quality['result']:.3f} after")
@@ -58,11 +58,12 @@ def model_card(source: Checkpoint, name: str, provenance: dict[str, Any], dequan
         facts = provenance["calibration"]
         rows.append(("calibration", f"{facts['source']}, {facts['windows']} windows of {facts['seq_len']} tokens"))
     rows.append(("checked with", provenance["checks"]["loader"]))
-    rows.append(("format", str(options.get("format"))))
+    if "quantized_weights" in size:
+        rows.append(("format", str(options.get("format"))))
     degraded = provenance["fallbacks"]
     listed = "\n".join(f"- {line}" for line in degraded)
     return _filled(
-        front=front_matter(source, bits),
+        front=front_matter(source, bits, pruned="kept_weights" in size),
         name=name,
         sentence=sentence,
         facts="\n".join(f"| {key} | {value} |" for key, value in rows),
@@ -72,6 +73,20 @@ def model_card(source: Checkpoint, name: str, provenance: dict[str, Any], dequan
         if degraded
         else "",
     )
+
+
+def _done(label: str, options: Mapping[str, Any]) -> str:
+    """What a method did, in a few words."""
+    kind, method = label.split(".")
+    bits, group = options.get("bits"), options.get("group_size")
+    grid = "one scale a row" if group == -1 else f"groups of {group}"
+    if kind != "prune":
+        return f"quantized to {bits} bits ({method}, {grid})"
+    pattern = options.get("pattern", "unstructured")
+    amount = (
+        f"by {options['sparsity']:.4g}" if pattern == "unstructured" else f"to {pattern.replace(':', ' of every ')}"
+    )
+    return f"pruned {amount} ({method})" + (f" and quantized to {bits} bits ({grid})" if bits else "")
 
 
 def merge_card(models: Sequence[Checkpoint], base: Checkpoint | None, name: str, provenance: dict[str, Any]) -> str:
@@ -218,12 +233,14 @@ def made_of(source: Checkpoint) -> list[str]:
     return [source.name] if source.as_stored else source.name.split("+")
 
 
-def front_matter(source: Checkpoint, bits: int | None) -> str:
+def front_matter(source: Checkpoint, bits: int | None, *, pruned: bool = False) -> str:
     names = made_of(source)
     known = [f"base_model: {names[0]}"] if len(names) == 1 else ["base_model:", *(f"- {name}" for name in names)]
     lines = [*known, "library_name: transformers", "tags:", "- weightworks"]
     if bits is not None:
         lines += ["- quantized", f"- {bits}-bit"]
+    if pruned:
+        lines += ["- pruned"]
     license_ = source_license(source.root)
     return "\n".join(lines + ([f"license: {license_}"] if license_ else []))
 

@@ -23,12 +23,15 @@ class Target:
     """What a method must know of the place its result is stored in.
 
     ``name`` is the checkpoint tensor; ``scale_dtype`` the dtype scales are stored in; ``min_zero`` the smallest zero
-    point the container can hold.
+    point the container can hold. ``block`` is the number of the decoder block it is in. ``keep`` is how many of its
+    weights stay, where surveys have shared that out over the model.
     """
 
     name: str
     scale_dtype: torch.dtype
     min_zero: int = 0
+    block: int = 0
+    keep: int | None = None
 
 
 @dataclass
@@ -36,12 +39,14 @@ class Solution:
     """A method's answer for one weight: the new weight, figures for the report, and what fell short.
 
     ``weight`` is quantized, or a dense float32 [out, in]. ``facts`` are figures by name. ``fallbacks`` say in words where
-    the method could not be applied as asked: they reach the report, the model card, and ``--strict``.
+    the method could not be applied as asked: they reach the report, the model card, and ``--strict``. ``mask`` bool
+    [out, in] of a method that prunes is True where a weight is kept; where it is not, ``weight`` is zero.
     """
 
     weight: Quantized | torch.Tensor
     facts: dict[str, Any] = field(default_factory=dict)
     fallbacks: list[str] = field(default_factory=list)
+    mask: torch.Tensor | None = None
 
     def dense(self) -> torch.Tensor:
         """The weight in float32 [out, in]."""
@@ -80,6 +85,37 @@ class Tensorwise(Protocol):
 
     def apply(self, weight: torch.Tensor, target: Target) -> Solution:
         """The new weight for float32 ``weight`` [out, in]."""
+
+
+@dataclass(frozen=True)
+class Survey:
+    """A pass over the whole model before any weight is changed, for methods that share something out over it.
+
+    A method that needs some has ``surveys()``, which lists them in the order they are made; the last one's finding is, by
+    tensor, how many weights stay (``Target.keep``). Figures and findings are JSON-compatible: they are journalled.
+
+    ``look(weights, statistics, targets, found)`` gives the figures of a block's linears (float32 [out, in], read when
+    indexed), ``found`` being the finding of the survey before, None at first. ``statistics`` holds what ``watch`` made
+    of their inputs in the unchanged model. Without ``watch`` no model is run, and each linear is looked at by itself.
+    ``conclude(figures, found)`` makes the finding out of the figures of all looks, in the order of the model.
+    """
+
+    look: Callable[[Sequence[torch.Tensor], Sequence[Any], Sequence[Target], Any], Any]
+    conclude: Callable[[Sequence[Any], Any], Any]
+    watch: Callable[[int, torch.device], Statistics] | None = None
+
+
+class Pruning(Protocol):
+    """What a method that prunes has beside its shape, :class:`Blockwise` or :class:`Tensorwise`."""
+
+    masks: bool
+    """True: its solutions have masks, which are kept beside the weights."""
+
+    def refusal(self, shape: tuple[int, int]) -> str | None:
+        """Why a weight of this shape [out, in] cannot be pruned as asked, or None."""
+
+    def surveys(self) -> Sequence[Survey]:
+        """What must be known of the whole model first."""
 
 
 @dataclass(frozen=True, slots=True)

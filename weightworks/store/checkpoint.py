@@ -22,6 +22,7 @@ from weightworks.store.tensorfile import TensorInfo, TensorSpec, read_bytes, rea
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 PICKLE_INDEX = "pytorch_model.bin.index.json"
+MASKS = "masks.safetensors"  # which weights a pruning kept; see masks.py
 
 
 @dataclass(frozen=True)
@@ -149,10 +150,9 @@ class Checkpoint:
 
     @cached_property
     def files(self) -> dict[str, str]:
-        """sha256 of config and weight files, by file name: what "the same input" means."""
+        """sha256 of config, weight and mask files, by file name: what "the same input" means."""
         names = ["config.json", *sorted({info.shard for info in self.tensors.values()})]
-        if (self.root / INDEX).is_file():
-            names.append(INDEX)
+        names += [name for name in (INDEX, MASKS) if (self.root / name).is_file()]
         digests = Digests(cache_folder() / "digests.json")
         found = {name: digests.file(self.root / name) for name in names}
         digests.save()

@@ -392,9 +392,12 @@ def plan_shards(specs: Iterable[TensorSpec], max_shard_bytes: int) -> dict[str, 
     return {f"model-{k:05d}-of-{len(shards):05d}.safetensors": shard for k, shard in enumerate(shards, 1)}
 
 
-def planned_bytes(specs: Iterable[TensorSpec], max_shard_bytes: int) -> int:
-    """Bytes of the weight files a writer would make of ``specs``, headers included."""
-    return sum(_file_bytes(members, shard) for shard, members in plan_shards(specs, max_shard_bytes).items())
+def planned_bytes(
+    specs: Iterable[TensorSpec], max_shard_bytes: int, side: Mapping[str, Sequence[TensorSpec]] | None = None
+) -> int:
+    """Bytes of the files a writer would make of ``specs`` and of those beside, headers included."""
+    files = {**plan_shards(specs, max_shard_bytes), **(side or {})}
+    return sum(_file_bytes(members, shard) for shard, members in files.items())
 
 
 def check_finite(name: str, tensor: torch.Tensor) -> None:
@@ -408,7 +411,7 @@ def check_finite(name: str, tensor: torch.Tensor) -> None:
         raise MethodError(f"tensor '{name}' holds {bad} NaN or infinite values", hint="repair the source checkpoint")
 
 
-def _file_bytes(members: list[TensorSpec], shard: str) -> int:
+def _file_bytes(members: Sequence[TensorSpec], shard: str) -> int:
     return len(build_header(members, shard)[0]) + sum(spec.nbytes for spec in members)
 
 
