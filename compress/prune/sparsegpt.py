@@ -131,7 +131,7 @@ def remove(
 
     Pruned are ``pruned`` weights, shared out evenly over the blocks of the sweep (or as ``counts`` says); or all but
     those of a ``pattern``; or those outside ``mask`` [out, in]. With a ``grid`` the others are rounded, on grids fitted to
-    the weight as it was, weighed by ``importance`` [in]. Paper, algorithm 1.
+    the weight as it was, weighed by ``importance`` [in]: the answer is then ``quantized``. Paper, algorithm 1.
     """
     (rows, columns), device = weight.shape, weight.device
     block = block_size(pattern.of if pattern else 1)

@@ -58,6 +58,10 @@ def conformance(label: str, *, model: str | Path | None = None) -> list[Check]:
         raise UsageError(f"'{label}' is not KIND.NAME: unknown kind ({nearest(kind, catalog.SHELVES)})")
     trial = Trial(label, None if model is None else Path(model))
     results: Sequence[Callable[[Trial, Path], None]] = RESULT if kind in CHANGING else ()
+    if kind == "prune":
+        from weightworks.testing.prune_contract import PRUNING
+
+        results = [*RESULT, *PRUNING]
     if kind == "merge":
         from weightworks.testing.merge_contract import MERGE
 

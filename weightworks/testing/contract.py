@@ -102,13 +102,18 @@ def has_one_shape(trial: Trial, folder: Path) -> None:
     with told(f"{label}: Method({options!r}) fails"):
         method = module.Method(options)
     demand(getattr(method, "options", None) == options, f"{label}: Method(options).options are not these options")
-    if trial.entry.kind == "quantize":
+    if trial.entry.kind in ("quantize", "prune"):
         tensorwise, blockwise = hasattr(method, "apply"), hasattr(method, "watch") and hasattr(method, "solve")
         demand(tensorwise or blockwise, f"{label}: Method has neither `apply` nor `watch` and `solve`")
         demand(not (tensorwise and blockwise), f"{label}: Method has `apply`, and `watch` and `solve`: which is meant?")
         with told(f"{label}: Method.scheme() fails"):
             scheme = method.scheme()
-        demand(scheme is not None, f"{label}: Method.scheme() is None, so nothing would be quantized")
+        needed = scheme is not None or trial.entry.kind == "prune"
+        demand(needed, f"{label}: Method.scheme() is None, so nothing would be quantized")
+    if trial.entry.kind == "prune":
+        demand(getattr(method, "masks", None) is True, f"{label}: Method.masks is not True, so no mask would be kept")
+        callables = all(callable(getattr(method, name, None)) for name in ("refusal", "surveys"))
+        demand(callables, f"{label}: Method has no `refusal` and `surveys`")
 
 
 # What a method makes.
@@ -205,7 +210,7 @@ def report_is_complete(trial: Trial, folder: Path) -> None:
         demand(not wrong, f"{where}: {', '.join(wrong)} is not finite")
         errors = [key for key in row if key.startswith("relative_")]
         demand(
-            bool(errors) or trial.entry.kind != "quantize",
+            bool(errors) or trial.entry.kind not in ("quantize", "prune"),
             f"{where}: no figure of the error; put `relative_weight_error` into Solution.facts",
         )
 
@@ -295,20 +300,28 @@ def _refusal(trial: Trial, values: dict[str, Any]) -> str | None:
 
 def _solved(method: Any, seed: int) -> torch.Tensor:
     """What a method makes of a random weight [out, in], the same for every call with this seed."""
+    return solution(method, random_weight(seed)).dense()
+
+
+def random_weight(seed: int) -> torch.Tensor:
+    import torch
+
+    return torch.randn(WIDTH, WIDTH, generator=torch.Generator().manual_seed(seed))
+
+
+def solution(method: Any, weight: torch.Tensor) -> Any:
+    """A method's answer for ``weight`` [out, in], whose inputs are the same for every call."""
     import torch
 
     from weightworks.stage.protocols import Target
 
-    generator = torch.Generator().manual_seed(seed)
-    weight = torch.randn(WIDTH, WIDTH, generator=generator)
-    inputs = torch.randn(TOKENS, WIDTH, generator=generator)
-    target = Target(f"weight{seed}", torch.float16)
+    target = Target("weight", torch.float16)
     with torch.no_grad():
         if hasattr(method, "apply"):
-            return method.apply(weight, target).dense()
+            return method.apply(weight.clone(), target)
         statistics = method.watch(WIDTH, torch.device("cpu"))
-        statistics.add(inputs)
-        return method.solve([weight], statistics, [target])[0].dense()
+        statistics.add(torch.randn(TOKENS, WIDTH, generator=torch.Generator().manual_seed(7)))
+        return method.solve([weight.clone()], statistics, [target])[0]
 
 
 def digests(folder: Path) -> dict[str, str]:
