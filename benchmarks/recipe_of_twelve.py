@@ -11,6 +11,7 @@ bits of one stage and must run that one and what reads it, nothing else.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,7 @@ def main() -> None:
         shared = args.shared.resolve()
         recipe.write_text(RECIPE.format(shared=shared, text=shared / "data" / "calibration.txt"))
         words: list[str | Path] = [compress_command(), "run", recipe, "--workspace", place, "-q", "--json", *args.extra]
+        threads = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}  # for so small models more only wait
         before: dict[str, str] = {}
         for name, more, expected in (
             ("cold", [], None),
@@ -85,7 +87,7 @@ def main() -> None:
             ("as it was", [], set()),
         ):
             note(name)
-            usage = run([*words, *more])
+            usage = run([*words, *more], env=threads)
             found = states(usage)
             ran = {stage for stage, state in found.items() if state == "ran"}
             if ran != (set(found) if expected is None else expected):

@@ -22,6 +22,7 @@ from weightworks.report.charts import pareto_front, place
 from weightworks.report.figures import block_and_kind, duration, figure, short_names, size
 from weightworks.report.graph import graph, shorten
 from weightworks.report.page import report_page, report_table
+from weightworks.report.tables import file_names
 
 LINEARS = {
     "self_attn.q_proj": (256, 256),
@@ -620,3 +621,8 @@ def test_a_hostile_page_does_nothing_in_a_browser(tmp_path: Path) -> None:
     assert complaints == []
     assert told["owned"] == ""
     assert told["overflow"] <= 0
+
+
+def test_texts_are_called_by_their_last_part() -> None:
+    names = file_names(["/a/prose.txt", "b/code.txt", "c/code.txt", "builtin"])
+    assert list(names.values()) == ["prose.txt", "b/code.txt", "c/code.txt", "builtin"]

@@ -70,7 +70,8 @@ class OnRay:
                 ray.init(address=address, log_to_driver=False, include_dashboard=False, logging_level=logging.ERROR)
             except (OSError, ValueError) as error:
                 raise ResourceError(
-                    f"--ray-address {address}: no cluster answers ({error})", hint="start one with: ray start --head"
+                    f"--ray-address {address}: no cluster answers ({error})",
+                    hint="start one with: ray start --head; for one that asks for a token, set RAY_AUTH_MODE and RAY_AUTH_TOKEN",
                 ) from None
         machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         threads = int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0)))

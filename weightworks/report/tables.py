@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import PurePath
 from typing import Any
 
 from weightworks.report.figures import (
@@ -108,10 +109,16 @@ def score_tables(report: Mapping[str, Any]) -> list[dict[str, Any]]:
                 row.append(Cell(figure(value), value))
             row.append(Cell(words(model.get("content"))[:12], words(model.get("content")) or None))
             rows.append(row)
-        several = len({metric for metric, _ in texts}) > 1
-        head += [f"{metric}: {text}" if several else text for metric, text in texts] + ["content"]
+        several, called = len({metric for metric, _ in texts}) > 1, file_names([text for _, text in texts])
+        head += [f"{metric}: {called[text]}" if several else called[text] for metric, text in texts] + ["content"]
         tables.append({"stage": words(score.get("stage")), "use": words(score.get("use")), "table": table(head, rows)})
     return tables
+
+
+def file_names(paths: Sequence[str]) -> dict[str, str]:
+    """Paths by their last part, where no other ends in the same."""
+    last = {path: PurePath(path).name or path for path in paths}
+    return {path: name if list(last.values()).count(name) == 1 else path for path, name in last.items()}
 
 
 def tensor_table(rows: Rows, error_keys: Sequence[str]) -> Table:
