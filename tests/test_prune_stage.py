@@ -144,10 +144,9 @@ def test_killed_again_and_again(compress: Commands, tiny_llama: Path, tmp_path: 
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
     assert compress(*command, cwd=tmp_path / "a").code == 0
-    for killed in range(30):
-        run = compress(*command, cwd=tmp_path / "b", faults=[["signal_at", DONE, 1, {"after": True}]])
-        if run.code != -signal.SIGKILL:
-            break
+    fault, killed = ["signal_at", DONE, 1, {"after": True}], 0
+    while (run := compress(*command, cwd=tmp_path / "b", faults=[fault])).code == -signal.SIGKILL and killed < 30:
+        killed += 1
     assert run.code == 0, run.err
     assert killed >= (14 if words is OWL else 8)  # a proof, six blocks, the copied tensors; six blocks and a survey
     assert contents(tmp_path / "a" / "out") == contents(tmp_path / "b" / "out")
