@@ -7,6 +7,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
 
 Scope = Literal["layer", "row"]
@@ -75,9 +76,18 @@ def _lowest(scores: torch.Tensor, count: int) -> torch.Tensor:
     """bool [rows, n], True for exactly ``count`` of the lowest ``scores`` of every row; of equals the first."""
     if count == 0:
         return torch.zeros(scores.shape, dtype=torch.bool, device=scores.device)
-    threshold = scores.kthvalue(count, dim=1, keepdim=True).values
+    threshold = _kth(scores, count)
     lowest, equal = scores < threshold, scores == threshold
     missing = count - lowest.sum(1, keepdim=True)
     if int(missing.sum()) < int(equal.sum()):
         equal &= equal.cumsum(1, dtype=torch.int32) <= missing
     return lowest | equal
+
+
+def _kth(scores: torch.Tensor, count: int) -> torch.Tensor:
+    """The ``count``-th lowest of every row, [rows, 1]."""
+    if scores.device.type != "cpu":
+        return scores.kthvalue(count, dim=1, keepdim=True).values
+    # On the CPU kthvalue keeps an int64 index of every score beside its copy.
+    parted = np.partition(scores.detach().numpy(), count - 1, axis=1)
+    return torch.from_numpy(parted[:, count - 1 : count].copy())

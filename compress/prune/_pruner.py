@@ -43,6 +43,9 @@ class Scored(Pruner):
         """How much each of ``weight`` [out, in] is worth, [out, in], at least 0."""
         raise NotImplementedError
 
+    def held(self, columns: int) -> int:
+        return 16 * columns
+
     def watch(self, columns: int, device: torch.device) -> Columns:
         return Columns(columns, device)
 
@@ -54,9 +57,13 @@ class Scored(Pruner):
             facts: dict[str, Any] = {"tokens": statistics.tokens}
             if self.options.repair == "dsnot":
                 mask, facts["swaps"] = repaired(mask, weight, statistics, self.options.n_of_m)
-            energy = (weight * statistics.norms()).square()  # [out, in]
-            facts["lost_energy"] = share(energy, mask)
-            solutions.append(masked(weight, mask, facts, fallbacks))
+            solution = masked(weight, mask, facts, fallbacks)
+            norms = statistics.norms().square()
+            kept, whole = (float((w.square() @ norms).sum()) for w in (solution.dense(), weight))
+            solution.facts["lost_energy"] = (
+                1 - kept / whole if whole > 0 else 0.0
+            )  # of outputs, if inputs were uncorrelated
+            solutions.append(solution)
         return solutions
 
 
@@ -74,13 +81,9 @@ def select(scores: torch.Tensor, target: Target, options: SparsityOptions, scope
     return top_mask(scores, options.keep(target, scores.numel()), scope)
 
 
-def share(values: torch.Tensor, mask: torch.Tensor) -> float:
-    """The part of the sum of ``values`` that is pruned."""
-    total = values.sum(dtype=torch.float64).clamp(min=1e-300)
-    return float(values.masked_fill(mask, 0).sum(dtype=torch.float64) / total)
-
-
 def masked(weight: torch.Tensor, mask: torch.Tensor, facts: dict[str, Any], fallbacks: Sequence[str] = ()) -> Solution:
     """``weight`` with zeros where ``mask`` has none, as a method's answer."""
-    facts = {**facts, "relative_weight_error": share(weight.square(), mask)}
-    return Solution(weight.masked_fill(~mask, 0), facts, list(fallbacks), mask)
+    kept = weight.masked_fill(~mask, 0)
+    before, after = (float(w.norm()) for w in (weight, kept))
+    facts = {**facts, "relative_weight_error": max(0.0, 1 - (after / before) ** 2) if before > 0 else 0.0}
+    return Solution(kept, facts, list(fallbacks), mask)

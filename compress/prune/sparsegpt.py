@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from compress.columns import Columns
 from compress.grids import Grid, grouped
@@ -20,6 +20,7 @@ from compress.hessian import Factor, Hessian, factor
 from compress.masks import Pattern, pattern_mask, top_mask
 from compress.prune._dsnot import repaired
 from compress.prune._pruner import Pruner
+from compress.prune._refine import refine
 from compress.sparsity import SparsityOptions
 from compress.sweep import COLD, Rounding, block_size, output_energy, relative_loss, sweep
 from weightworks.stage.protocols import Solution, Target
@@ -35,6 +36,9 @@ class Options(SparsityOptions):
     act_order: Literal["static", "none"] = Field(
         "none", description="order of columns: static sorts by diag(H), whole groups of an N:M pattern by theirs"
     )
+    refine: int = Field(
+        0, ge=0, description="steps of least squares on what is kept, once the mask is settled (not with --bits)"
+    )
     damp_percent: float = Field(0.01, gt=0, le=1, description="share of the mean of diag(H) added to the diagonal")
     bits: Literal[2, 3, 4, 8] | None = Field(None, description="also round what is kept to so many bits, in one sweep")
     group_size: int = Field(128, ge=-1, description="with --bits: input columns that share a scale; -1: the whole row")
@@ -42,6 +46,12 @@ class Options(SparsityOptions):
     format: Literal["compressed-tensors", "gptq", "gptq_v2", "dense"] = Field(
         "compressed-tensors", description="with --bits: container of the result; dense writes dequantized weights"
     )
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.refine and self.bits is not None:
+            raise ValueError("refine would move weights off their grid: it cannot be used with bits")
+        return self
 
     @property
     def grid(self) -> IntScheme | None:
@@ -186,19 +196,27 @@ class Method(Pruner):
             hessian.matrix.diagonal().fill_(1)
         matrix = hessian.finish()
         energies = [output_energy(weight, matrix) for weight in weights]
+        kept = matrix.clone() if options.refine else None
         importance, order, found = prepare(matrix, options)
         dead = int((importance == 0).sum())
         lower = found.lower
         if lower is None:
             fallbacks.append(f"{found.steps[-1]}, pruned by magnitude without error compensation")
             lower = torch.eye(width, device=device)
-        elif tokens >= COLD:
-            fallbacks += found.steps
+        else:
+            fallbacks += found.steps if tokens >= COLD else []
+            if kept is not None:
+                kept.diagonal().add_(found.damping * importance.mean()).masked_fill_(importance == 0, 1)
         facts = {"tokens": tokens, "damping": found.damping, "dead_inputs": dead}
         solutions = []
         for weight, target, energy in zip(weights, targets, energies, strict=True):
             weight[:, importance == 0] = 0
+            before = weight.clone() if kept is not None else weight
             swept, more = self._one(weight, target, lower, order, importance, statistics.columns)
+            if kept is not None and found.lower is not None:
+                refine(weight, before, kept, swept.mask, options.refine)
+                error = weight - before
+                swept.loss = ((error @ kept) * error).sum(1)
             more["relative_error"] = relative_loss(swept.loss, energy)
             answer = weight if swept.quantized is None else swept.quantized
             solutions.append(Solution(answer, {**facts, **more}, list(fallbacks), swept.mask))

@@ -6,7 +6,7 @@ After every block, results and activations are journalled, so a killed run conti
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -126,7 +126,7 @@ class Blockwise:
         hidden = self.states.read(0, first).to(self.device)
         stages, never = find_stages(self.skeleton, index, call, hidden, self.job.blocks[index])
         rows = []
-        for groups in bounded(stages, self.statistics_bytes):
+        for groups in bounded(stages, self.statistics_bytes, self.job.held):
             statistics = {group.leader: self.method.watch(group.columns, self.device) for group in groups}
             watchers = {leader: kept.add for leader, kept in statistics.items()}
             for start, stop in self.windows.slices():
@@ -207,13 +207,13 @@ class Written:
         return name in self.job.linears and self.job.format is not None
 
 
-def bounded(stages: Sequence[Stage], limit: int) -> Iterator[list[Group]]:
-    """The groups of each stage, in several rounds where their statistics (4 in^2 bytes each) would exceed ``limit``."""
+def bounded(stages: Sequence[Stage], limit: int, size_of: Callable[[int], int]) -> Iterator[list[Group]]:
+    """The groups of each stage, in several rounds where their statistics, ``size_of`` bytes each, would exceed ``limit``."""
     for stage in stages:
         round_: list[Group] = []
         held = 0
         for group in stage.groups:
-            size = 4 * group.columns**2
+            size = size_of(group.columns)
             if round_ and held + size > limit:
                 yield round_
                 round_, held = [], 0

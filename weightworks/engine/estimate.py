@@ -91,6 +91,8 @@ def estimate(job: Job, *, tokens: tuple[int, int] | None, probe: tuple[int, int]
         room = max(0, min(limit, 2 * max(phases.values())) - max(phases.values()))
         statistics = min(sizes.stage_statistics, statistics + room)
         phases = _blockwise_phases(sizes, statistics, on_disk=on_disk)
+    if tokens is not None and hasattr(job.method, "apply"):  # inputs are looked at by its surveys alone
+        phases |= {name: max(held, phases.get(name, 0)) for name, held in _tensorwise_phases(sizes).items()}
     blocks = len(job.skeleton.blocks)
     # As many as take no more than the leanest run: by sizes alone, so that every machine checks the same.
     lean = phases if tokens is None else _blockwise_phases(sizes, sizes.statistics, on_disk=True)
@@ -165,12 +167,12 @@ def _sizes(job: Job, tokens: tuple[int, int] | None, probe: tuple[int, int], dty
         block_count=max(sum(skeleton.get(name).numel() for name in names) for names in blocks),
         block_stored=max(sum(written(tensor) for tensor in stored(names)) for names in blocks),
         weight_count=max(math.prod(linear.shape) for linear in linears),
-        statistics=4 * max(linear.shape[1] for linear in linears) ** 2,
+        statistics=max(job.held(linear.shape[1]) for linear in linears),
         solving=max(
-            4 * width**2 + SOLVED * sum(math.prod(linear.shape) for linear in group)
+            job.held(width) + SOLVED * sum(math.prod(linear.shape) for linear in group)
             for (_, width), group in _inputs(linears).items()
         ),
-        stage_statistics=max(_stage_statistics(block) for block in job.blocks),
+        stage_statistics=max(_stage_statistics(job, block) for block in job.blocks),
         activations=windows * length * config.hidden_size * dtype.itemsize if tokens else 0,
         probe=probe[0] * probe[1] * config.hidden_size * 4,
         inner_count=batch * max(linear.shape[0] for linear in linears),
@@ -189,12 +191,12 @@ def _inputs(linears: Sequence[Linear]) -> dict[tuple[str, int], list[Linear]]:
     return groups
 
 
-def _stage_statistics(block: Sequence[Linear]) -> int:
+def _stage_statistics(job: Job, block: Sequence[Linear]) -> int:
     """Bytes of the statistics that one pass over a block can gather: of one input, or of one an expert."""
     sums: dict[tuple[str, int], int] = {}
     for part, width in _inputs(block):
         alike = re.sub(r"\d+", "*", part), width
-        sums[alike] = sums.get(alike, 0) + 4 * width**2
+        sums[alike] = sums.get(alike, 0) + job.held(width)
     return max(sums.values(), default=0)
 
 
@@ -254,7 +256,10 @@ def _seconds(job: Job, tokens: tuple[int, int] | None, probe: tuple[int, int], d
     work = 2.0 * checked * (3 * weights + 3 * shell) / speed["float32"]
     if tokens:
         count = tokens[0] * tokens[1]
-        work += 2.0 * 2 * count * weights / speed[str(dtype).removeprefix("torch.")]
+        surveys = job.method.surveys() if hasattr(job.method, "surveys") else ()
+        passes = hasattr(job.method, "solve") + sum(survey.watch is not None for survey in surveys)
+        work += 2.0 * 2 * passes * count * weights / speed[str(dtype).removeprefix("torch.")]
+    if tokens and job.second_moments:
         inputs = {(index, linear.shape[1]) for index, block in enumerate(job.blocks) for linear in block}
         work += sum(count * width**2 + 2 / 3 * 3 * width**3 for _, width in inputs) * 1.5 / speed["float32"]
         work += sum(2 * linear.shape[0] * linear.shape[1] ** 2 for linear in job.linears.values()) / speed["float32"]

@@ -88,6 +88,17 @@ class Job:
         """All weights to be changed, by checkpoint name."""
         return {linear.tensor: linear for block in self.blocks for linear in block}
 
+    def held(self, columns: int) -> int:
+        """Bytes of the statistics of an input of so many columns."""
+        if self.second_moments:
+            return 4 * columns**2
+        return int(self.method.held(columns)) if hasattr(self.method, "held") else 0
+
+    @property
+    def second_moments(self) -> bool:
+        """Whether the method gathers the second moments of inputs, factors them and sweeps with the factor."""
+        return hasattr(self.method, "solve") and not hasattr(self.method, "held")
+
     @property
     def scheme(self) -> IntScheme | None:
         return self.method.scheme()

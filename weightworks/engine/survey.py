@@ -94,7 +94,8 @@ class _Blocks:
         job, skeleton = self.job, self.job.skeleton
         count = len(skeleton.blocks)
         done = next(index for index in range(count + 1) if self._step(index) not in self.writer.steps)
-        self._embed(done)
+        if done < count:
+            self._embed(done)
         job.progress.begin("block looked at", count, done)
         for index in range(done, count):
             names = skeleton.names_of(index)
@@ -109,7 +110,7 @@ class _Blocks:
             job.progress.step(self._step(index))
         job.progress.end()
         self.states.advance()
-        self.states.forget()
+        self.states.forget()  # the last ones too
         return [self.writer.steps[self._step(index)]["figures"] for index in range(count)]
 
     def _step(self, index: int) -> str:

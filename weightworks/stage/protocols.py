@@ -61,7 +61,10 @@ class Statistics(Protocol):
 
 
 class Blockwise(Protocol):
-    """A method that looks at the inputs of each linear of a block, then replaces its weight."""
+    """A method that looks at the inputs of each linear of a block, then replaces its weight.
+
+    One whose statistics take other than the 4 in^2 bytes of a matrix of second moments says so by ``held(columns)``.
+    """
 
     options: Options
 

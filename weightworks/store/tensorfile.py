@@ -71,6 +71,12 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
 
     Every header a careful reader would refuse is refused here: truncated data, holes, overlaps, unknown dtypes.
     """
+    raw = header_bytes(path)
+    return parse_header(raw, path, size=path.stat().st_size)
+
+
+def header_bytes(path: Path) -> bytes:
+    """What lies before the first tensor of a safetensors file: the length of the header, and the header."""
     size = path.stat().st_size
     with path.open("rb") as file:
         prefix = file.read(8)
@@ -82,22 +88,27 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
                 f"{path}: wrong header: it claims {length:,} bytes, the file has {size:,}",
                 hint="the file is not safetensors or its download was cut; fetch it again",
             )
-        raw = file.read(length)
+        return prefix + file.read(length)
+
+
+def parse_header(raw: bytes, path: Path | str, *, size: int | None = None) -> dict[str, TensorInfo]:
+    """The tensors that the ``header_bytes`` ``raw`` of ``path`` list, in file order; they must fill ``size`` bytes if given."""
+    path, begin = Path(path), len(raw)
     try:
-        entries = json.loads(raw)
+        entries = json.loads(raw[8:])
         entries.pop("__metadata__", None)
-        infos = [_entry(path, name, entry, 8 + length) for name, entry in entries.items()]
+        infos = [_entry(path, name, entry, begin) for name, entry in entries.items()]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(
             f"{path}: wrong header: not the JSON that safetensors defines ({error})", hint="fetch the file again"
         ) from None
     infos.sort(key=lambda info: (info.offset, info.nbytes))  # an empty tensor shares its place with the next
-    position = 8 + length
+    position = begin
     for info in infos:
         if info.offset != position:
             raise CheckpointError(f"{path}: wrong header: tensor '{info.name}' begins at {info.offset}, not {position}")
         position += info.nbytes
-    if position != size:
+    if size is not None and position != size:
         kind = "truncated" if size < position else "longer than its header says"
         raise CheckpointError(
             f"{path}: {kind}: the header needs {position:,} bytes, the file has {size:,}",
@@ -123,7 +134,7 @@ def read_bytes(path: Path, offset: int, out: torch.Tensor) -> torch.Tensor:
     """Fill the contiguous tensor ``out`` with the file's bytes from ``offset`` on."""
     if out.numel() == 0:
         return out
-    view = _bytes_of(out)
+    view = bytes_of(out)
     with path.open("rb", buffering=0) as file:
         file.seek(offset)
         while view.nbytes:
@@ -136,7 +147,7 @@ def read_bytes(path: Path, offset: int, out: torch.Tensor) -> torch.Tensor:
 
 def write_bytes(descriptor: int, offset: int, tensor: torch.Tensor) -> memoryview:
     """Write the contiguous ``tensor`` at ``offset``; returns its bytes, for hashing."""
-    data = _bytes_of(tensor) if tensor.numel() else memoryview(b"")
+    data = bytes_of(tensor) if tensor.numel() else memoryview(b"")
     view = data
     while view.nbytes:
         count = os.pwrite(descriptor, view, offset)
@@ -144,7 +155,7 @@ def write_bytes(descriptor: int, offset: int, tensor: torch.Tensor) -> memoryvie
     return data
 
 
-def _bytes_of(tensor: torch.Tensor) -> memoryview:
+def bytes_of(tensor: torch.Tensor) -> memoryview:
     """The bytes of a contiguous tensor, in place."""
     array: Any = tensor.reshape(-1).view(torch.uint8).numpy()
     return memoryview(array)

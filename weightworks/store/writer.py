@@ -50,7 +50,8 @@ class CheckpointWriter:
 
     ``identity`` says what is being made. A staging folder of the same identity is continued (unless ``resume`` is off),
     one of another identity is refused. ``steps`` holds the facts of every step the journal already has. ``side`` are files
-    of tensors that are no weights of the model, by file name; the index does not name them.
+    of tensors that are no weights of the model, by file name; the index does not name them. Without ``specs`` there are
+    no others.
     """
 
     def __init__(
@@ -67,7 +68,8 @@ class CheckpointWriter:
         check_target(target, overwrite=overwrite)
         self.target = target if target.name not in ("", "..") else target.resolve()
         self.staging, self.overwrite = staging_of(self.target), overwrite
-        self.shards = plan_shards(specs, max_shard_bytes)
+        planned = list(specs)
+        self.shards = plan_shards(planned, max_shard_bytes) if planned else {}
         self.side = {file: list(members) for file, members in (side or {}).items()}
         self.tensors: dict[str, TensorInfo] = {}
         headers: dict[str, bytes] = {}

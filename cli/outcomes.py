@@ -1,0 +1,70 @@
+"""What people read of a stage: its estimate, and what came of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from cli.render import duration, pairs, show, size
+from weightworks.report.sparsity import run_time, sparsity, weight_on_disk
+
+
+def show_estimate(outcome: Any) -> None:
+    """The estimate of a dry run."""
+    if outcome.cached:
+        show(f"nothing to do: {outcome.target} was made by this very command and is intact")
+        return
+    costs = outcome.estimate
+    pairs(
+        {
+            "time": f"about {duration(costs.seconds)}",
+            "peak memory": f"about {size(costs.peak_bytes)} ({costs.peak_phase}); allowed {size(costs.limit_bytes)}",
+            "activations": "on disk" if costs.on_disk else "in memory",
+            "disk": f"{size(costs.disk_bytes)} while running",
+            "output": f"{costs.output_bytes:,} bytes of weights",
+        }
+    )
+    show("dry run: nothing was written")
+
+
+def show_outcome(outcome: Any) -> None:
+    """Where the result lies, what it is worth, what fell short."""
+    facts = outcome.provenance
+    if outcome.cached:
+        show(f"already done: {outcome.target} was made by this very command and is intact")
+    quality, checks = facts["quality"], facts["checks"]
+    before, after = quality["dense"], quality["result"]
+    worst = sorted(facts["report"], key=lambda row: -row.get("relative_error", row.get("relative_weight_error", 0.0)))[
+        :3
+    ]
+    summary = {"written": str(outcome.target), **worth(facts)}
+    summary |= {
+        "perplexity": f"{before:.3f} -> {after:.3f} ({after / before - 1:+.2%}) on the built-in check text",
+        "verified": f"{facts['tensors']['input']} tensors accounted for, read back, loaded by {checks['loader']}: "
+        f"perplexity {checks['perplexity_reloaded']:.4f}, in memory {checks['perplexity_in_memory']:.4f}"
+        + (
+            ""
+            if checks["blocks_loaded"] == checks["blocks"]
+            else f" ({checks['blocks_loaded']} of {checks['blocks']} blocks, to stay in memory)"
+        ),
+        "worst tensors": ", ".join(
+            f"{row['tensor'].removesuffix('.weight')} {row.get('relative_error', row.get('relative_weight_error', 0)):.2%}"
+            for row in worst
+        ),
+        "took": duration(outcome.seconds),
+    }
+    pairs(summary)
+    for line in outcome.fallbacks:
+        show(f"  fallback: {line}")
+
+
+def worth(facts: dict[str, Any]) -> dict[str, str]:
+    """What was gained in bytes, bits and time."""
+    sizes = facts["size"]
+    told = {"size": f"{size(sizes['bytes_out'])}, was {size(sizes['bytes_in'])} ({sizes['ratio']:.2f}x smaller)"}
+    if "kept_weights" in sizes:
+        told["sparsity"] = sparsity(sizes)
+        told["on disk"] = weight_on_disk(sizes)
+        told["run time gain"] = run_time(facts["identity"]["options"])
+    if "quantized_weights" in sizes:
+        told["bits a weight"] = f"{sizes['bits_a_weight']:.3f} in {facts['tensors']['transformed']} quantized tensors"
+    return told
