@@ -378,7 +378,7 @@ def test_output_of_another_run(
 def test_output_onto_the_input(refuse: Callable[..., Run], model: Path) -> None:
     for words in (["--method", "rtn"], ["--method", "rtn", "--overwrite"]):
         refuse(model, *words, "-o", model, text="model: is an input, or holds one; it would be replaced")
-        refuse(model, *words, "-o", model.parent, text="is the input, or holds it")
+        refuse(model, *words, "-o", model.parent, text="is an input, or holds one")
         assert (model / SINGLE).is_file()
 
 

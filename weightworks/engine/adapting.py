@@ -11,6 +11,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,6 +20,7 @@ import torch
 from safetensors.torch import save
 
 from weightworks.engine.finish import Finished, verification
+from weightworks.engine.machine import one_thread
 from weightworks.errors import VerificationError
 from weightworks.stage.adapting import Factors
 from weightworks.store.adapted import AdaptedCheckpoint
@@ -49,6 +51,10 @@ class AdapterJob(Finished, Protocol):
     def base(self) -> Checkpoint | None:
         """The checkpoint the adapter is for, where it is known."""
 
+    @property
+    def small(self) -> bool:
+        """Whether units are too small to be divided among threads."""
+
     def traits(self) -> dict[str, Any]:
         """Entries of ``adapter_config.json`` that the tensors do not tell."""
 
@@ -63,7 +69,8 @@ def run_units(job: AdapterJob, writer: CheckpointWriter) -> list[dict[str, Any]]
     for number, unit in enumerate(units):
         if unit in writer.steps:
             continue
-        solved = job.solve(unit)
+        with one_thread() if job.small else nullcontext():
+            solved = job.solve(unit)
         for name, tensor in solved.tensors.items():
             check_finite(name, tensor)
         data = save({name: tensor.contiguous() for name, tensor in solved.tensors.items()})

@@ -24,6 +24,8 @@ from weightworks.store.adapters import Adapter
 from weightworks.store.checkpoint import Checkpoint
 from weightworks.store.formats import Format
 
+SMALL = 1 << 30  # rows times ranks squared
+
 
 @dataclass
 class CombineJob:
@@ -110,6 +112,17 @@ class CombineJob:
     @property
     def units(self) -> list[str]:
         return [*self.modules, *self.whole]
+
+    @property
+    def small(self) -> bool:
+        """Decompositions of [rows, sum of ranks]: not worth dividing until they take a second."""
+        work = [
+            max(pair.rows, pair.columns)
+            * sum(one.pairs[module].rank for one in self.adapters if module in one.pairs) ** 2
+            for module in self.modules
+            for pair in [next(one.pairs[module] for one in self.adapters if module in one.pairs)]
+        ]
+        return max(work, default=0) < SMALL
 
     @property
     def weights(self) -> list[float]:

@@ -5,6 +5,7 @@ A matrix is held in float32 once, its difference taken in place some rows at a t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -28,6 +29,7 @@ from weightworks.store.dense import DenseView
 from weightworks.store.formats import Format
 from weightworks.stream.skeleton import build, is_transposed
 
+SMALL = 1 << 20  # elements of a matrix
 ROW_BYTES = 64 << 20  # of float32 rows held beside the difference
 
 
@@ -112,6 +114,11 @@ class ExtractJob:
     def units(self) -> list[str]:
         """Modules, then the other tensors."""
         return [*sorted(self.linears), *sorted(self.others), *sorted(self.skeleton.unused)]
+
+    @property
+    def small(self) -> bool:
+        """Matrices of less than a megabyte or so are not worth dividing among threads."""
+        return max((math.prod(info.shape) for info in self.base.tensors.values()), default=0) < SMALL
 
     def solve(self, unit: str) -> Solved:
         if unit in self.linears:

@@ -69,7 +69,7 @@ class CheckpointWriter:
         self.target = target if target.name not in ("", "..") else target.resolve()
         self.staging, self.overwrite = staging_of(self.target), overwrite
         planned = list(specs)
-        self.shards = plan_shards(planned, max_shard_bytes) if planned else {}
+        self.shards = plan_shards(planned, max_shard_bytes) if planned else {}  # an adapter has side files only
         self.side = {file: list(members) for file, members in (side or {}).items()}
         self.tensors: dict[str, TensorInfo] = {}
         headers: dict[str, bytes] = {}
@@ -390,7 +390,7 @@ def plan_shards(specs: Iterable[TensorSpec], max_shard_bytes: int) -> dict[str, 
         shards[-1].append(spec)
         filled += spec.nbytes
     if len(shards) == 1:
-        return {SINGLE: shards[0]} if shards[0] else {}
+        return {SINGLE: shards[0]}
     return {f"model-{k:05d}-of-{len(shards):05d}.safetensors": shard for k, shard in enumerate(shards, 1)}
 
 
