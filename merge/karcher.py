@@ -1,8 +1,8 @@
 """Karcher mean: the point on the sphere whose squared arcs to the models are least in sum, with their mean length.
 
-A tensor of each model is one vector. The iteration (log map, mean, exponential map) runs on the coefficients of the models
-alone, so that it costs two passes however many steps it takes. Vectors of no length have no direction and are left out
-of it.
+A tensor of each model is one vector, or with a base its task vector. The iteration (log map, mean, exponential map) runs on
+the coefficients of the models alone, so that it costs two passes however many steps it takes. Models whose directions
+cancel have no such point: their mean stands for it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from pydantic import Field
 
-from merge._directions import combined, cosines, survey
+from merge._directions import OPPOSED, along, combined, cosines, survey
 from merge._options import SumOptions, shares_of
 from weightworks.stage.merging import Slab, Survey
 
@@ -30,7 +30,7 @@ class Options(SumOptions):
 class Method:
     """mu times the mean of ||x_i||, mu the Riemannian mean of x_i / ||x_i||."""
 
-    BASE, LEAST, MOST = "refused", 2, None
+    BASE, LEAST, MOST = "optional", 2, None
 
     def __init__(self, options: Options) -> None:
         self.options = options
@@ -39,35 +39,40 @@ class Method:
         """Lengths and angles."""
         return [survey(self._coefficients)]
 
-    def _coefficients(self, products: torch.Tensor) -> list[float]:
-        weights = torch.tensor(shares_of(self.options, len(products)), dtype=torch.float64)
+    def _coefficients(self, products: torch.Tensor) -> torch.Tensor:
+        weights = products.new_tensor(shares_of(self.options, len(products)))
         lengths, angles = cosines(products)
-        there = lengths > 0
-        if not bool(there.any()):
-            return [0.0] * len(products)
-        mean = mean_direction(angles, weights * there, self.options.max_iter, self.options.tol)
-        return torch.where(there, mean * (weights @ lengths) / lengths.clamp(min=1e-300), 0.0).tolist()
+        mean = mean_direction(angles, weights * (lengths > 0), self.options.max_iter, self.options.tol)
+        return along(mean, weights, products)
 
     def merge(self, slab: Slab, found: Any) -> torch.Tensor:
         return combined(slab, found)
 
 
 def mean_direction(angles: torch.Tensor, weights: torch.Tensor, steps: int, tol: float) -> torch.Tensor:
-    """The mean as coefficients [N] of unit vectors whose cosines are ``angles`` [N, N], float64."""
-    weights = weights / weights.sum()
+    """The mean as coefficients [N] of unit vectors whose cosines are ``angles`` [N, N]; zero where they cancel.
+
+    ``weights`` [N] are float64, of no particular sum. A vector exactly opposite to the mean has no direction towards it, and
+    is left out of the step.
+    """
 
     def length(coefficients: torch.Tensor) -> torch.Tensor:
         return (coefficients @ angles @ coefficients).clamp(min=0).sqrt()
 
-    mean = weights / length(weights).clamp(min=1e-12)
+    total = weights.sum()
+    if float(total) == 0 or float(length(weights / total)) < OPPOSED:
+        return torch.zeros_like(weights)
+    weights = weights / total
+    mean = weights / length(weights)
     for _ in range(steps):
         cosine = (angles @ mean).clamp(-1, 1)  # of each unit vector with the mean
         angle = torch.acos(cosine)
-        stretch = torch.where(angle > 1e-9, angle / torch.sin(angle).clamp(min=1e-12), torch.ones_like(angle))
+        sine = torch.sin(angle)
+        stretch = torch.where(sine > OPPOSED, angle / sine.clamp(min=OPPOSED), (cosine > 0).to(angle))
         step = weights * stretch - (weights * stretch * cosine).sum() * mean  # the log maps, averaged
         size = length(step)
         if float(size) < tol:
             break
         mean = torch.cos(size) * mean + torch.sin(size) / size * step
-        mean = mean / length(mean).clamp(min=1e-12)
+        mean = mean / length(mean)
     return mean

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from pydantic import Field
 
-from merge._directions import combined, cosines, gram, inputs, survey
+from merge._directions import combined, combined_by_row, cosines, survey
 from weightworks.stage.merging import MergeOptions, Slab, Survey
 
 PAPER = "Jang et al. 2024, arXiv:2403.19522"
 VERSION = 1
-POLE = 0.1  # 1 + (N - 1) c below which nothing is left that the models have in common
+POLE = 0.5  # 1 + (N - 1) c below which two models cancel by half, and the result would be farther out than they are
 
 
 class Options(MergeOptions):
@@ -39,21 +39,15 @@ class Method:
         return [] if self.options.filter_wise else [survey(coefficients)]
 
     def merge(self, slab: Slab, found: Any) -> torch.Tensor:
-        if not self.options.filter_wise:
-            return combined(slab, found)
-        assert slab.base is not None
-        if not slab.matrix:
-            return combined(slab, coefficients(gram(slab.deltas)))
-        deltas = torch.stack(inputs(slab))  # [N, rows, columns]
-        products = torch.einsum("irc,jrc->rij", deltas.double(), deltas.double())
-        share = torch.tensor([coefficients(one)[0] for one in products])  # [rows]
-        return slab.base.add_(deltas.sum(0).mul_(share[:, None].to(deltas.device)))
+        return combined_by_row(slab, coefficients) if self.options.filter_wise else combined(slab, found)
 
 
-def coefficients(products: torch.Tensor) -> list[float]:
-    """What every task vector is multiplied by, t / N, from their Gram matrix [N, N]."""
-    count = len(products)
+def coefficients(products: torch.Tensor) -> torch.Tensor:
+    """What every task vector is multiplied by, t / N as [..., N], from their Gram matrices [..., N, N]."""
+    count = products.shape[-1]
     _, angles = cosines(products)
-    cosine = float(angles.sum() - angles.diagonal().sum()) / (count * (count - 1))
+    pairs = angles.sum((-2, -1)) - angles.diagonal(dim1=-2, dim2=-1).sum(-1)
+    cosine = pairs / (count * (count - 1))
     divisor = 1 + (count - 1) * cosine
-    return [cosine / divisor if divisor > POLE else 0.0] * count
+    share = torch.where(divisor > POLE, cosine / divisor.clamp(min=POLE), 0.0)
+    return share[..., None].expand(angles.shape[:-1])

@@ -1,12 +1,14 @@
 """SCE: select weights on which models differ most, calculate a coefficient for each model, erase minority signs.
 
-Of each tensor the share ``select`` with the largest variance among the task vectors is kept; a model's coefficient is the mean
-square of what it keeps; then, as in TIES, only changes of the sign that the sum has are averaged. A tensor that no
-model changed stays the base's (mergekit falls back to equal coefficients for all small changes, and says nothing).
+Of the weights of a tensor on which models differ at all, the share ``select`` with the largest variance among the task
+vectors is kept; a model's coefficient is the mean square of what it keeps; then, as in TIES, only changes of the sign
+that the sum has are averaged. A tensor that no model changed stays the base's (mergekit falls back to equal coefficients
+for all small changes, and says nothing).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -25,7 +27,11 @@ class Options(MergeOptions):
     """Options of SCE."""
 
     select: float = Field(
-        1.0, gt=0, le=1, description="share of each tensor that is kept, by variance among the models"
+        1.0,
+        gt=0,
+        le=1,
+        description="share that is kept of the weights on which models differ, by their variance; below 1, what all "
+        "models changed alike is not kept",
     )
 
 
@@ -43,15 +49,17 @@ class Method:
         return [*found, Survey(self._squares, _coefficients)]
 
     def _variance(self, slab: Slab, found: Any) -> Iterator[tuple[str, torch.Tensor]]:
-        yield "variance", torch.stack(slab.deltas).var(0, correction=0)
+        variance = torch.stack(slab.deltas).var(0, correction=0)
+        yield "variance", variance[variance > 0]
 
     def _rank(self, name: str, total: int) -> list[int]:
-        return [total - max(int(total * self.options.select), 1)]
+        return [total - max(int(total * self.options.select), 1)] if total else []
 
     def _selected(self, slab: Slab, found: Any) -> list[torch.Tensor]:
         if self.options.select == 1:
             return taken(slab)
-        kept = torch.stack(slab.deltas).var(0, correction=0) >= found["variance"]["values"][0]
+        threshold = found["variance"]["values"] or [math.inf]  # without any, models agree on every weight
+        kept = torch.stack(slab.deltas).var(0, correction=0) >= threshold[0]
         return [delta.mul_(kept) for delta in taken(slab)]
 
     def _squares(self, slab: Slab, found: Any) -> Mapping[str, torch.Tensor]:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from pydantic import Field
 
-from merge._directions import arc, combined, survey
+from merge._directions import NEARLY, arc, combined, survey
 from weightworks.stage.merging import MergeOptions, Slab, Survey
 
 PAPER = "Shoemake 1985, doi:10.1145/325165.325242"
@@ -35,7 +35,7 @@ class Method:
     def surveys(self) -> list[Survey]:
         """Lengths and angle of the two tensors."""
         t = self.options.t
-        return [survey(lambda g: arc(float(g[0, 1]), float(g[0, 0]), float(g[1, 1]), t))]
+        return [survey(lambda products: arc(products, t, nearly=NEARLY))]
 
     def merge(self, slab: Slab, found: Any) -> torch.Tensor:
         return combined(slab, found)

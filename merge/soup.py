@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -10,7 +12,7 @@ from pydantic import Field, model_validator
 
 from merge._greedy import choose
 from merge._learned import fit
-from merge._options import SumOptions
+from merge._options import SumOptions, shares_of
 from weightworks.stage.merging import Bench, Fit, HeldOut, Slab
 
 PAPER = "Wortsman et al. 2022, arXiv:2203.05482"
@@ -85,12 +87,27 @@ class Method:
         return fit(bench, per=options.learned or "tensor", epochs=options.epochs)
 
     def merge(self, slab: Slab, found: Any) -> torch.Tensor:
-        count = len(slab.models)
-        weights = self.options.each("weights", count) or [1.0] * count
-        if found is not None:
-            weights = found.get(slab.name, weights)
-        total = sum(weights) if self.options.normalize else 1.0
-        result = slab.models[0] * (weights[0] / total)
-        for weight, model in zip(weights[1:], slab.models[1:], strict=True):
-            result.add_(model, alpha=weight / total)
-        return result
+        shares = shares_of(self.options, len(slab.models))
+        if found is not None and slab.name in found:
+            shares = found[slab.name]
+        if min(shares) < 0 or not math.isclose(math.fsum(shares), 1):
+            return total(slab.models, shares)
+        return mean(slab.models, shares)
+
+
+def total(models: Sequence[torch.Tensor], weights: Sequence[float]) -> torch.Tensor:
+    """sum_i w_i theta_i."""
+    result = models[0].mul_(weights[0])
+    for weight, model in zip(weights[1:], models[1:], strict=True):
+        result.add_(model, alpha=weight)
+    return result
+
+
+def mean(models: Sequence[torch.Tensor], shares: Sequence[float]) -> torch.Tensor:
+    """The same for ``shares`` that sum to 1, step by step from one model towards the next: of copies, exactly the copy."""
+    result, so_far = models[0], shares[0]
+    for share, model in zip(shares[1:], models[1:], strict=True):
+        so_far += share
+        if share > 0:
+            result.lerp_(model, share / so_far)
+    return result

@@ -7,13 +7,15 @@ from typing import Any
 import torch
 from pydantic import Field
 
-from weightworks.stage.merging import Slab, WeightedOptions
+from merge._consensus import taken
+from merge._options import SumOptions, shares_of
+from weightworks.stage.merging import Slab
 
 PAPER = "Ilharco et al. 2022, arXiv:2212.04089"
 VERSION = 1
 
 
-class Options(WeightedOptions):
+class Options(SumOptions):
     """Options of task arithmetic."""
 
     scaling: float = Field(0.4, description="lambda: what the sum of the task vectors is multiplied by")
@@ -30,9 +32,7 @@ class Method:
 
     def merge(self, slab: Slab, found: Any) -> torch.Tensor:
         assert slab.base is not None
-        weights = self.options.each("weights", len(slab.models)) or [1.0] * len(slab.models)
-        total = sum(weights) if self.options.normalize else 1.0
         result = slab.base.clone()
-        for weight, delta in zip(weights, slab.deltas, strict=True):
-            result.add_(delta, alpha=self.options.scaling * weight / total)
+        for share, delta in zip(shares_of(self.options, len(slab.models)), taken(slab), strict=True):
+            result.add_(delta, alpha=self.options.scaling * share)
         return result

@@ -15,7 +15,6 @@ import merge.model_stock
 import merge.multislerp
 import merge.nuslerp
 import merge.slerp
-from weightworks.errors import MethodError
 
 METHODS = (merge.karcher, merge.model_stock, merge.multislerp, merge.nuslerp, merge.slerp)
 
@@ -77,9 +76,44 @@ def test_karcher_mean_is_the_centre() -> None:
     assert torch.allclose(merge_("karcher", one(*arcs))["w"], expected, atol=1e-5)
 
 
-def test_opposite_directions_have_no_mean() -> None:
-    with pytest.raises(MethodError, match="opposite directions"):
-        merge_("multislerp", one((1.0, 0.0), (-1.0, 0.0)))
+@pytest.mark.parametrize("name", ["multislerp", "karcher", "nuslerp", "slerp"])
+def test_where_directions_cancel_the_mean_stands_for_them(name: str) -> None:
+    found = merge_(name, one((1.0, 2.0), (-3.0, -6.0)))["w"]
+    assert torch.allclose(found, torch.tensor([[-1.0, -2.0]]), atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["multislerp", "karcher"])
+def test_a_vector_of_no_length_counts_only_in_the_length(name: str) -> None:
+    found = merge_(name, one((0.0, 0.0), (3.0, 4.0)))["w"]
+    assert torch.allclose(found, torch.tensor([[1.5, 2.0]]), atol=1e-6)
+    assert not merge_(name, one((0.0, 0.0), (0.0, 0.0)))["w"].any()
+
+
+def test_a_model_opposite_to_the_karcher_mean_is_left_out_of_the_step() -> None:
+    found = merge_("karcher", one((1.0, 0.0), (1.0, 0.0), (-1.0, 0.0)))["w"]
+    assert torch.allclose(found, torch.tensor([[1.0, 0.0]]), atol=1e-6)
+
+
+def test_with_a_base_the_sphere_is_that_of_task_vectors() -> None:
+    base = {"w": torch.tensor([[5.0, 5.0]])}
+    models = one((6.0, 5.0), (5.0, 6.0))
+    half = math.sqrt(0.5)
+    for name in ("nuslerp", "multislerp", "karcher"):
+        assert torch.allclose(merge_(name, models, base)["w"], torch.tensor([[5 + half, 5 + half]])), name
+
+
+def test_nuslerp_follows_small_arcs() -> None:
+    """At 0.01 radian SLERP takes the line, NuSLERP the arc, which is longer by an eighth of the square."""
+    models = one((1.0, 0.0), (math.cos(0.01), math.sin(0.01)))
+    assert float(merge_("nuslerp", models)["w"].double().norm()) == pytest.approx(1, abs=1e-7)
+    assert float(merge_("slerp", models)["w"].double().norm()) == pytest.approx(1 - 0.01**2 / 8, abs=1e-7)
+
+
+def test_model_stock_never_goes_beyond_the_models() -> None:
+    """The formula has a pole where task vectors cancel."""
+    for angle in (1.6, 2.0, 2.2, 2.6, 3.0, 3.14159):
+        models = one((1.0, 0.0), (math.cos(angle), math.sin(angle)))
+        assert float(merge_("model_stock", models, zeros(2))["w"].norm()) <= 1
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e-5, 1e-6])

@@ -19,6 +19,7 @@ import merge.soup
 import merge.task_arithmetic
 import merge.tsv
 import merge.wise_ft
+from weightworks.errors import UsageError
 
 METHODS = (
     merge.arcee_fusion, merge.ema, merge.iso, merge.magmax, merge.nearswap, merge.passthrough, merge.ram, merge.sce,
@@ -82,6 +83,62 @@ def test_arcee_fusion_takes_what_stands_out() -> None:
     found = merge_("arcee_fusion", [tuned], base)["w"]
     assert torch.equal(found[:, 7], tuned["w"][:, 7])
     assert int((found != base["w"]).sum()) < 60
+
+
+def test_arcee_fusion_measures_divergence_of_rows_that_hardly_differ(one_thread: None) -> None:
+    """KL of rows that differ by 1e-4 is about 5e-9: float32 would see nothing but rounding."""
+    from weightworks.stage.merging import Slab
+
+    generator = torch.Generator().manual_seed(0)
+    a = torch.randn(8, 64, generator=generator) * 0.02
+    b = a + torch.randn(8, 64, generator=generator) * 1e-4
+    p, q = b.double().softmax(1), a.double().softmax(1)
+    expected = (b - a).abs() * (p * (p / q).log()).sum(1, keepdim=True)
+    found = merge.arcee_fusion.importance(Slab("w", (8, 64), 0, (b.clone(),), a.clone()))
+    assert torch.allclose(found.double(), expected.double(), rtol=1e-5, atol=0)
+    values = torch.arange(11.0)
+    at = [float(values[rank]) for rank in merge.arcee_fusion._ranks("", 11)]
+    assert merge.arcee_fusion.quartiles(at, 11) == torch.quantile(values, torch.tensor([0.25, 0.5, 0.75])).tolist()
+
+
+def test_ram_plus_counts_over_the_model_or_the_tensor() -> None:
+    """One own change and three common ones in all; in the tensor "a" one of each."""
+    first = {"a": torch.tensor([[1.0, 1.0]]), "b": torch.tensor([[1.0, 1.0]])}
+    second = {"a": torch.tensor([[0.0, 1.0]]), "b": torch.tensor([[1.0, 1.0]])}
+    base = {name: torch.zeros(1, 2) for name in first}
+    options = {"plus": True, "rate": 0.1, "limit": 10.0}
+    assert merge_("ram", [first, second], base, **options)["a"][0, 0].item() == pytest.approx(1.3)
+    assert merge_("ram", [first, second], base, scope="tensor", **options)["a"][0, 0].item() == pytest.approx(1.1)
+
+
+def test_a_soup_of_copies_is_the_copy() -> None:
+    tuned = model(0)
+    for weights in ([], [1.0, 1.0, 1.0], [0.3, 0.1, 0.2], [0.0, 0.7, 0.4]):
+        found = merge_("soup", [tuned] * 3, **({"weights": weights} if weights else {}))
+        assert all(torch.equal(found[name], tuned[name]) for name in tuned)
+    other = model(1)
+    found = merge_("soup", [tuned, other], weights=[0.0, 2.0])
+    assert all(torch.equal(found[name], other[name]) for name in tuned)
+
+
+@pytest.mark.parametrize("name", ["soup", "task_arithmetic", "nuslerp", "multislerp", "karcher", "dare", "ties"])
+def test_weights_that_cancel_are_refused(name: str) -> None:
+    with pytest.raises(UsageError, match="sum to zero"):
+        method(name, weights=[0.5, -0.5], normalize=True)
+
+
+def test_soup_of_negative_weights_extrapolates() -> None:
+    found = merge_("soup", one((1.0,), (3.0,)), weights=[2.0, -1.0])["w"]
+    assert found.item() == pytest.approx(-1.0)
+
+
+def test_sce_selects_among_the_weights_that_differ() -> None:
+    """Three of four weights differ: a third of them is one. What all changed alike has no variance."""
+    tasks = one((1.0, 5.0, 2.0, 1.0), (0.0, 1.0, 1.0, 1.0))
+    assert (merge_("sce", tasks, zeros(4), select=0.34)["w"] != 0).tolist() == [[False, True, False, False]]
+    same = one((1.0, 2.0), (1.0, 2.0))
+    assert not merge_("sce", same, zeros(2), select=0.5)["w"].any()
+    assert torch.allclose(merge_("sce", same, zeros(2))["w"], same[0]["w"])
 
 
 def test_sce_coefficients_follow_from_squares() -> None:

@@ -211,6 +211,9 @@ class MergeJob:
         if not having:
             return Part(spec, (), base, None)
         if lacking:
+            if len(having) < self.method.LEAST:
+                names = ", ".join(self.models[number].name for number in having)
+                problems.append(f"{name}: only in {names}, and {self.label} takes at least {self.method.LEAST} models")
             method = type(self.method)(self.options.only(having, len(self.models)))
         return Part(self._stored(spec), models, base, method)
 
