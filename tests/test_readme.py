@@ -20,6 +20,7 @@ from cli.compress_app import COMMANDS
 
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^<!-- test -->\n```(\w+)\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
+MORE = ("tiny-sparse", "both", "toward", "continued", "merged-in-python")
 CLIENT = """#!{python}
 import os, sys, tempfile
 from pathlib import Path
@@ -27,7 +28,7 @@ sys.path.insert(0, {tests!r})
 from commands import Started
 with tempfile.TemporaryDirectory() as folder:
     streams = [os.path.join(folder, name) for name in ("out", "err")]
-    request = dict(words=sys.argv[1:], cwd=os.getcwd(), faults=[], streams=streams)
+    request = dict(program=os.path.basename(sys.argv[0]), words=sys.argv[1:], cwd=os.getcwd(), faults=[], streams=streams)
     run = Started(request, Path({address!r})).wait()
 sys.stdout.write(run.out)
 sys.stderr.write(run.err)
@@ -45,14 +46,15 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def environment(compress: Commands, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """One in which ``compress`` is on the path."""
+    """One in which ``compress`` and ``merge`` are on the path."""
     assert compress("--version").code == 0  # the server listens
     programs = tmp_path_factory.mktemp("bin")
-    client = programs / "compress"
-    client.write_text(
-        CLIENT.format(python=sys.executable, tests=str(Path(__file__).parent), address=str(compress.address))
-    )
-    client.chmod(0o755)
+    for name in ("compress", "merge"):
+        client = programs / name
+        client.write_text(
+            CLIENT.format(python=sys.executable, tests=str(Path(__file__).parent), address=str(compress.address))
+        )
+        client.chmod(0o755)
     path = os.pathsep.join([str(programs), str(Path(sys.executable).parent), os.environ["PATH"]])
     return {**os.environ, "PATH": path, "HF_HUB_OFFLINE": "1"}
 
@@ -70,7 +72,7 @@ def test_readme_runs(folder: Path, environment: dict[str, str]) -> None:
         )
         assert done.returncode == 0, f"{text}\n{done.stdout}\n{done.stderr}"
     made = {path.name for path in folder.iterdir() if path.is_dir() and not path.is_symlink()}
-    assert made == {"tiny-llama-gptq-w4g128", "tiny-w8", "my_tasks", "tiny-asym", "tiny-rtn", "runs"}
+    assert made == {"tiny-llama-gptq-w4g128", "tiny-w8", "my_tasks", "tiny-asym", "tiny-rtn", "runs", *MORE}
     page = (folder / "runs" / "bits-by-method" / "report.html").read_text(encoding="utf-8")
     assert "small[use=gptq,bits=4]" in page
 
