@@ -149,9 +149,8 @@ def test_what_cannot_be_compared_is_refused(tiny_llama: Path, tmp_path: Path) ->
         Options.parse({}, where="score.divergence")
 
 
-def test_files_are_the_texts(tmp_path: Path) -> None:
-    options = Options(texts=[TEXT, str(tmp_path / "none.txt"), "some/dataset"])
-    assert Method(options).files() == [SHORT_TEXT]
+def test_files_are_the_texts() -> None:
+    assert Method(Options(texts=[TEXT, "some/dataset"])).files() == [SHORT_TEXT]
 
 
 def test_the_command(compress: Commands, tiny_llama: Path, quantized: Path) -> None:

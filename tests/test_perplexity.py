@@ -124,4 +124,6 @@ def test_mean_over_texts_is_geometric() -> None:
 
 
 def test_files_are_the_texts(tmp_path: Path) -> None:
-    assert Method(Options(texts=[str(SHORT_TEXT), str(tmp_path / "none.txt")])).files() == [SHORT_TEXT]
+    assert Method(Options(texts=[str(SHORT_TEXT), "some/dataset"])).files() == [SHORT_TEXT]
+    with pytest.raises(UsageError, match=r"'texts': \S*/none.txt: no such file"):
+        Method(Options(texts=[str(SHORT_TEXT), str(tmp_path / "none.txt")])).files()

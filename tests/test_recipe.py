@@ -41,8 +41,10 @@ WITH = 'with: {num_samples: "${windows}"}'
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The working directory: a checkpoint folder, and files that are none."""
+    """The working directory: a checkpoint folder, texts, and files that are neither."""
     (tmp_path / "model").mkdir()
+    for name in ("text", "a", "b"):
+        (tmp_path / f"{name}.txt").touch()
     (tmp_path / "model.safetensors").touch()
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -297,7 +299,7 @@ def variables(text: str, option: str) -> Any:
         ("{x: 8}", "{max_shard_size: '${x}GB'}", {"max_shard_size": "8GB"}),  # part of a text: as written
         ("{x: true}", "{dataset: 'a${x}$$'}", {"dataset": "atrue$"}),
         ("{x: 1}", "{dataset: '$${x} $5 $$'}", {"dataset": "${x} $5 $"}),
-        ("{x: '${y}/a', y: '${z}', z: b}", "{dataset: '${x}.txt'}", {"dataset": "b/a.txt"}),  # in any order
+        ("{x: '${y}/a', y: '${z}', z: b}", "{dataset: '${x}.set'}", {"dataset": "b/a.set"}),  # in any order
         ("{x: '$${y}'}", "{dataset: '${x}'}", {"dataset": "${y}"}),  # what a variable holds is not read again
         ("{x: null}", "{scheme: '${x}'}", {"scheme": None}),
     ],
@@ -826,3 +828,35 @@ def test_random_edits_give_a_recipe_or_a_list_of_mistakes() -> None:
             read_whole += 1
             assert all(isinstance(stage, Stage) for stage in recipe.stages.values())
     assert 5 < read_whole < 200
+
+
+def test_files_that_are_missing() -> None:
+    """Told of with the other mistakes, at the line of the option, once for all members."""
+    text = stages(
+        """\
+  small:
+    use: quantize.gptq
+    from: base
+    matrix: {bits: [3, 4, 5]}
+    with:
+      dataset: gone.jsonl
+  plain: {use: quantize.rtn, from: base, with: {dataset: gone.txt}}
+  scores:
+    use: score.perplexity
+    from: [base, small]
+    with:
+      texts: [a.txt, no/b.txt, org/set]
+  asked:
+    use: score.harness
+    from: base
+    with:
+      tasks: [mine]
+      include_path: nowhere
+"""
+    )
+    assert refused(text) == [
+        "r.yaml:7: quantize.gptq: option 'bits' = 5: input should be 2, 3, 4 or 8",
+        "r.yaml:9: quantize.gptq: 'dataset': gone.jsonl: no such file",
+        "r.yaml:15: score.perplexity: 'texts': no/b.txt: no such file",
+        "r.yaml:21: score.harness: nowhere: no such folder",
+    ]

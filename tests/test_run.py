@@ -516,7 +516,10 @@ def test_what_workers_answer() -> None:
         left = workers.submit(os._exit, 7)
         wrong = workers.submit(os.listdir, "/nowhere")
         refused = workers.submit(parse_bits, 5)
+        waiting = workers.submit(os.getenv, "OMP_WAIT_POLICY")
         assert good.result() == file_digest(SHORT_TEXT)
+        assert waiting.result() == "PASSIVE"  # all use all processors: whoever waits must not spin
+        assert "OMP_WAIT_POLICY" not in os.environ
         for future, text, hint in (
             (killed, "the worker process was ended by SIGKILL", "run it again: finished work is kept"),
             (left, "the worker process ended with exit code 7 and no answer", "run it again: finished work is kept"),

@@ -11,6 +11,7 @@ from typing import Any
 
 import jsonschema
 import pytest
+from commands import SHORT_TEXT
 from conftest import REPOSITORY
 
 from weightworks.errors import UsageError
@@ -226,8 +227,9 @@ BLOCKS = re.findall(r"^```yaml\n(.*?)^```$", PAGE, re.DOTALL | re.MULTILINE)
 def test_recipes_of_the_page(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for path in SHIPPED:
         (tmp_path / path.name).write_bytes(path.read_bytes())
-    (tmp_path / "page.yaml").write_text(text, encoding="utf-8")
     monkeypatch.chdir(REPOSITORY)
+    text = text.replace("my-text.txt", str(SHORT_TEXT))
+    (tmp_path / "page.yaml").write_text(text, encoding="utf-8")
     assert load_recipe(tmp_path / "page.yaml").report == ("scores",)
     assert complaints(text) == []
 

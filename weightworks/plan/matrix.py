@@ -17,6 +17,7 @@ from typing import Any
 
 from weightworks.errors import WeightworksError
 from weightworks.options import Options
+from weightworks.plan.files import missing
 from weightworks.plan.graph import Stage, base_name
 from weightworks.plan.located import Item, Place, Problems
 from weightworks.plan.workspace import safe
@@ -59,6 +60,7 @@ class Multiplier:
         self.members: dict[str, list[Stage]] = {}
         self.entries: dict[str, catalog.Entry | None] = {}
         self.folders: dict[str, str] = {}
+        self._looked_for: set[tuple[Any, ...]] = set()
 
     def add(self, draft: Draft) -> None:
         """Multiply ``draft`` into its stages."""
@@ -76,7 +78,9 @@ class Multiplier:
             entry = self._entry(draft, chosen.pop("use", draft.use))
             if entry is None:
                 continue
-            given, settings = self._options(draft, entry, {**draft.given, **chosen})
+            items = {**draft.given, **chosen}
+            given, settings = self._options(draft, entry, items)
+            self._check_files(draft, entry, items, given, settings)
             if entry.label not in ways:
                 ways[entry.label] = self._ways(draft, entry)
                 self._check_kinds(draft, entry, ways)
@@ -93,6 +97,26 @@ class Multiplier:
                 self._check_folder(stage)
                 self.stages[name] = stage
                 members.append(stage)
+
+    def _check_files(
+        self,
+        draft: Draft,
+        entry: catalog.Entry,
+        items: Mapping[str, Item],
+        given: dict[str, Any],
+        settings: dict[str, Any],
+    ) -> None:
+        """Every file that well-formed options name must be there; looked for once for all members that name the same."""
+        texts = (draft.name, entry.label, settings.get("dataset"), repr(given) if entry.kind == "score" else "")
+        if texts in self._looked_for or any(item.faulty for item in items.values()):
+            return
+        self._looked_for.add(texts)
+        if any(
+            _complaints(which, values, "") for which, values in ((entry.load().Options, given), (Settings, settings))
+        ):
+            return
+        for option, text in missing(entry, given, settings):
+            self.problems.add(items[option].place if option in items else draft.place, text)
 
     def _check_kinds(self, draft: Draft, entry: catalog.Entry, labels: Mapping[str, Any]) -> None:
         kinds = sorted({label.partition(".")[0] for label in labels})

@@ -15,6 +15,7 @@ from weightworks.errors import UsageError
 from weightworks.options import Options
 from weightworks.stage.protocols import Subject
 from weightworks.stage.settings import Settings
+from weightworks.store.sources import is_text_file
 
 if TYPE_CHECKING:
     from weightworks.store.dense import DenseView
@@ -28,7 +29,12 @@ class TextOptions(Options):
     max_tokens: int | None = Field(None, ge=2, description="score only so many tokens of each text")
 
     def files(self) -> list[Path]:
-        """Those texts that are local files."""
+        """Those texts that are local files. Raises :class:`UsageError` if one that must be is not there."""
+        gone = [text for text in self.texts if is_text_file(text) and not Path(text).expanduser().is_file()]
+        if gone:
+            raise UsageError(
+                f"'texts': {', '.join(gone)}: no such file", hint="paths are relative to the working directory"
+            )
         return [path for text in self.texts if (path := Path(text).expanduser()).is_file()]
 
 

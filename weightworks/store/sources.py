@@ -14,12 +14,18 @@ from weightworks.errors import CheckpointError
 
 HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+(@[\w./-]+)?")  # "./x" and "../x" are folders
 HUB_PATTERNS = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.py", "LICENSE*", "README.md"]
+TEXT_FILES = (".txt", ".md", ".jsonl", ".json", ".parquet")
 SETTLED = 2.0  # seconds a file must have been left alone before its digest is remembered: clocks of files are coarse
 
 
 def cache_folder() -> Path:
     """Where small facts are remembered between runs."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "weightworks"
+
+
+def is_text_file(name: str) -> bool:
+    """Whether ``name`` means a file of texts, rather than a data set of the hub."""
+    return name.lower().endswith(TEXT_FILES)
 
 
 def resolve(source: str, *, allow_pickle: bool = False) -> Path:

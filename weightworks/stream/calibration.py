@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import torch
 
 from weightworks.errors import CalibrationError
+from weightworks.store.sources import is_text_file
 
 TEXT_FIELDS = ("text", "content", "prompt", "instruction", "question")
 ANSWER_FIELDS = ("input", "context", "response", "completion", "output", "answer")
@@ -141,7 +142,7 @@ def _chunks(text: str) -> Iterator[str]:
 def read_texts(dataset: str) -> list[str]:
     """The texts of a .txt, .jsonl, .parquet file or a hub data set."""
     path = Path(dataset).expanduser()
-    if path.suffix.lower() in (".txt", ".md", ".jsonl", ".json", ".parquet") or path.exists():
+    if is_text_file(dataset) or path.exists():
         if not path.is_file():
             raise CalibrationError(
                 f"{dataset}: no such file", hint="give .txt, .jsonl or .parquet, or 'builtin' or 'self'"
