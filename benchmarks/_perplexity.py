@@ -20,10 +20,10 @@ TOKENS = 20_000
 BATCH = 8
 
 
-def windows_of(text: Path, model: Path) -> torch.Tensor:
-    """The first TOKENS tokens in windows that do not overlap, no special tokens.  int64 [windows, WINDOW]"""
+def windows_of(text: Path, model: Path, tokens: int = TOKENS) -> torch.Tensor:
+    """The first ``tokens`` tokens in windows that do not overlap, no special tokens.  int64 [windows, WINDOW]"""
     tokenizer = AutoTokenizer.from_pretrained(model)
-    ids = tokenizer(text.read_text(encoding="utf-8"), add_special_tokens=False, verbose=False)["input_ids"][:TOKENS]
+    ids = tokenizer(text.read_text(encoding="utf-8"), add_special_tokens=False, verbose=False)["input_ids"][:tokens]
     count = len(ids) // WINDOW
     if count == 0:
         raise SystemExit(f"{text}: {len(ids)} tokens is less than one window of {WINDOW}")

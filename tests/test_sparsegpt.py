@@ -12,8 +12,9 @@ from compress.columns import Columns
 from compress.grids import Grid
 from compress.hessian import Hessian, factor
 from compress.masks import Pattern, pattern_mask, top_mask
-from compress.prune import sparsegpt, wanda
+from compress.prune import _refine, sparsegpt, wanda
 from compress.prune.sparsegpt import Seen, evenly, remove
+from weightworks.errors import UsageError
 from weightworks.stage.protocols import Solution, Target
 from weightworks.store.packing import IntScheme
 
@@ -159,14 +160,14 @@ def test_pruned_weights_are_zero_after_rounding(words: dict[str, Any], pattern: 
     assert solution.mask is not None
     assert int(solution.mask.sum()) == weight.numel() // 2
     assert not solution.dense()[~solution.mask].any()
-    alone = solve(weight, inputs, pattern=pattern, act_order=words.get("act_order", "none"))
+    alone = solve(weight, inputs, pattern=pattern, refine=0, act_order=words.get("act_order", "none"))
     assert output_loss(weight, alone, inputs) < output_loss(weight, solution, inputs) < 0.5
 
 
 def test_rounding_in_the_sweep_beats_rounding_afterwards() -> None:
     weight, inputs = problem(32, 256)
     joint = solve(weight, inputs, bits=3, group_size=64)
-    after = solve(weight, inputs)
+    after = solve(weight, inputs, refine=0)
     grid = Grid(IntScheme(3, 64, True), torch.float16, signed=True)
     rounded = remove(after.dense().clone(), torch.eye(256), natural(weight), mask=after.mask, grid=grid).quantized
     assert rounded is not None
@@ -184,7 +185,7 @@ def test_orders_keep_patterns_whole(act_order: str) -> None:
 def test_repaired_masks_are_swept_again() -> None:
     weight, inputs = problem(16, 128)
     inputs = inputs + torch.randn(128, generator=torch.Generator().manual_seed(5))
-    solution = solve(weight, inputs, repair="dsnot", sparsity=0.7)
+    solution = solve(weight, inputs, repair="dsnot", sparsity=0.7, refine=0, act_order="none")
     assert solution.facts["swaps"] > 0
     assert solution.mask is not None
     assert int(solution.mask.sum()) == weight.numel() - round(0.7 * weight.numel())
@@ -192,6 +193,40 @@ def test_repaired_masks_are_swept_again() -> None:
     again = weight.clone()
     remove(again, lower, natural(weight), mask=solution.mask)
     torch.testing.assert_close(again, solution.dense(), rtol=1e-5, atol=1e-6)
+
+
+def test_refining_ends_in_least_squares_for_any_mask() -> None:
+    """W_K + W_P H_PK inv(H_KK) for the kept columns K of each row, in whatever order they were pruned."""
+    weight, inputs = problem(8, 96)
+    solution = solve(weight, inputs, sparsity=0.6, refine=60)
+    hessian, w = damped(inputs), weight.double()
+    assert solution.mask is not None
+    for row, mask, result in zip(w, solution.mask, solution.dense().double(), strict=True):
+        best = row[mask] + row[~mask] @ hessian[~mask][:, mask] @ torch.linalg.inv(hessian[mask][:, mask])
+        torch.testing.assert_close(result[mask], best, rtol=1e-3, atol=1e-3)
+        assert not result[~mask].any()
+
+
+def test_every_step_of_refining_lowers_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, inputs = problem(32, 128)
+    losses = [output_loss(weight, solve(weight, inputs, sparsity=0.7, refine=steps), inputs) for steps in range(6)]
+    assert losses == sorted(losses, reverse=True)
+    assert losses[4] < 0.9 * losses[0]
+    solution = solve(weight, inputs, sparsity=0.7)
+    assert 1 <= solution.facts["relative_error"] / output_loss(weight, solution, inputs) < 1.2  # with the damping
+    monkeypatch.setattr(_refine, "BAND", 5 * 128)
+    banded = solve(weight, inputs, sparsity=0.7)
+    torch.testing.assert_close(banded.dense(), solution.dense(), rtol=1e-4, atol=1e-5)
+
+
+def test_refining_leaves_grids_and_dead_inputs_alone() -> None:
+    with pytest.raises(UsageError, match="move weights off their grid"):
+        sparsegpt.Options.parse({"bits": 4, "refine": 2}, where="prune.sparsegpt")
+    assert sparsegpt.Options(bits=4).steps == 0
+    weight, inputs = problem(8, 64)
+    inputs[:, 5] = 0
+    solution = solve(weight, inputs, sparsity=0.25)
+    assert not solution.dense()[:, 5].any()
 
 
 @pytest.mark.parametrize("tokens", [0, 63])

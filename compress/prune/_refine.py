@@ -9,13 +9,22 @@ from __future__ import annotations
 
 import torch
 
+BAND = 1 << 21  # weights at a time: rows are independent, and five of their size are held
+
 
 def refine(result: torch.Tensor, weight: torch.Tensor, hessian: torch.Tensor, mask: torch.Tensor, steps: int) -> None:
     """Improve ``result`` [out, in], zero outside ``mask``, in place so that tr(E H E') falls, E = result - weight.
 
     ``hessian`` [in, in] is damped. Every step lowers the loss of every row, until float32 can tell no more.
     """
-    gone, diagonal = ~mask, hessian.diagonal()
+    height = max(1, BAND // weight.shape[1])
+    for new, old, gone in zip(result.split(height), weight.split(height), (~mask).split(height), strict=True):
+        _descend(new, old, gone, hessian, steps)
+
+
+def _descend(result: torch.Tensor, weight: torch.Tensor, gone: torch.Tensor, hessian: torch.Tensor, steps: int) -> None:
+    """:func:`refine` for a band of rows."""
+    diagonal = hessian.diagonal()
     residual = ((weight - result) @ hessian).masked_fill_(gone, 0)  # [out, in]
     scaled = residual / diagonal
     direction = scaled.clone()

@@ -28,16 +28,17 @@ from weightworks.store.packing import IntScheme, Quantized
 
 PAPER = "Frantar & Alistarh 2023, arXiv:2301.00774"
 VERSION = 1
+STEPS = 8  # four come within 1 % of the best loss, and each costs a fraction of gathering H
 
 
 class Options(SparsityOptions):
     """SparseGPT's options."""
 
     act_order: Literal["static", "none"] = Field(
-        "none", description="order of columns: static sorts by diag(H), whole groups of an N:M pattern by theirs"
+        "static", description="order of columns: static sorts by diag(H), whole groups of an N:M pattern by theirs"
     )
-    refine: int = Field(
-        0, ge=0, description="steps of least squares on what is kept, once the mask is settled (not with --bits)"
+    refine: int | None = Field(
+        None, ge=0, description="steps of least squares on what is kept, after the sweep; default: 8, with --bits 0"
     )
     damp_percent: float = Field(0.01, gt=0, le=1, description="share of the mean of diag(H) added to the diagonal")
     bits: Literal[2, 3, 4, 8] | None = Field(None, description="also round what is kept to so many bits, in one sweep")
@@ -52,6 +53,11 @@ class Options(SparsityOptions):
         if self.refine and self.bits is not None:
             raise ValueError("refine would move weights off their grid: it cannot be used with bits")
         return self
+
+    @property
+    def steps(self) -> int:
+        """Steps of least squares."""
+        return (STEPS if self.bits is None else 0) if self.refine is None else self.refine
 
     @property
     def grid(self) -> IntScheme | None:
@@ -182,6 +188,9 @@ class Method(Pruner):
         scheme: IntScheme | None = self.options.grid
         return scheme
 
+    def working(self, columns: int) -> int:
+        return 4 * columns**2 if self.options.steps else 0  # H, of which the factor takes the place
+
     def watch(self, columns: int, device: torch.device) -> Seen:
         return Seen(columns, device, moments=self.options.repair != "none")
 
@@ -196,7 +205,7 @@ class Method(Pruner):
             hessian.matrix.diagonal().fill_(1)
         matrix = hessian.finish()
         energies = [output_energy(weight, matrix) for weight in weights]
-        kept = matrix.clone() if options.refine else None
+        kept = matrix.clone() if options.steps else None
         importance, order, found = prepare(matrix, options)
         dead = int((importance == 0).sum())
         lower = found.lower
@@ -214,9 +223,8 @@ class Method(Pruner):
             before = weight.clone() if kept is not None else weight
             swept, more = self._one(weight, target, lower, order, importance, statistics.columns)
             if kept is not None and found.lower is not None:
-                refine(weight, before, kept, swept.mask, options.refine)
-                error = weight - before
-                swept.loss = ((error @ kept) * error).sum(1)
+                refine(weight, before, kept, swept.mask, options.steps)
+                swept.loss = output_energy(weight - before, kept)
             more["relative_error"] = relative_loss(swept.loss, energy)
             answer = weight if swept.quantized is None else swept.quantized
             solutions.append(Solution(answer, {**facts, **more}, list(fallbacks), swept.mask))

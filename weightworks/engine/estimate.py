@@ -169,7 +169,7 @@ def _sizes(job: Job, tokens: tuple[int, int] | None, probe: tuple[int, int], dty
         weight_count=max(math.prod(linear.shape) for linear in linears),
         statistics=max(job.held(linear.shape[1]) for linear in linears),
         solving=max(
-            job.held(width) + SOLVED * sum(math.prod(linear.shape) for linear in group)
+            job.held(width) + job.working(width) + SOLVED * sum(math.prod(linear.shape) for linear in group)
             for (_, width), group in _inputs(linears).items()
         ),
         stage_statistics=max(_stage_statistics(job, block) for block in job.blocks),

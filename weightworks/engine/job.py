@@ -94,6 +94,10 @@ class Job:
             return 4 * columns**2
         return int(self.method.held(columns)) if hasattr(self.method, "held") else 0
 
+    def working(self, columns: int) -> int:
+        """Bytes needed beside them while weights are solved."""
+        return int(self.method.working(columns)) if hasattr(self.method, "working") else 0
+
     @property
     def second_moments(self) -> bool:
         """Whether the method gathers the second moments of inputs, factors them and sweeps with the factor."""

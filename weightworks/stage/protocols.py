@@ -63,7 +63,8 @@ class Statistics(Protocol):
 class Blockwise(Protocol):
     """A method that looks at the inputs of each linear of a block, then replaces its weight.
 
-    One whose statistics take other than the 4 in^2 bytes of a matrix of second moments says so by ``held(columns)``.
+    One whose statistics take other than the 4 in^2 bytes of a matrix of second moments says so by ``held(columns)``, one
+    that needs more beside them while it solves by ``working(columns)``.
     """
 
     options: Options
