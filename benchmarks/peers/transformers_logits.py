@@ -1,0 +1,72 @@
+"""Loads folders with stock transformers and writes the logits they give for fixed tokens; nothing of this project.
+
+    PYTHON transformers_logits.py JOBS.json
+
+The file holds ``tokens`` (a list of windows), ``out`` (a folder for NAME.safetensors with ``logits``) and ``folders``:
+name -> {"path": ..., "dequantize": ...}. The last line printed is a JSON object: ``versions`` of what took part, and
+by name ``kernel``, the class that multiplies with the packed weights, or the ``error``. Runs in an environment of its own where a format
+needs packages that conflict with ours; started by reload_gptq.py and by tests/test_reload.py.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
+
+PACKAGES = ("torch", "transformers", "compressed-tensors", "optimum", "gptqmodel")
+
+
+def load(path: str, *, dequantize: bool) -> Any:
+    """The model of one folder, as a user loads it."""
+    if not dequantize:
+        return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    from transformers import CompressedTensorsConfig
+
+    config = CompressedTensorsConfig(dequantize=True)
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, quantization_config=config)
+
+
+def kernel(model: Any) -> str:
+    """The class of the linear layers inside the last decoder block that are not plain ones; ``Linear`` if there are none."""
+    names = {type(module).__name__ for module in model.modules() if hasattr(module, "qweight")}
+    return ", ".join(sorted(names)) or "Linear"
+
+
+def versions() -> dict[str, str]:
+    """Installed versions of the packages that take part."""
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+@torch.no_grad()
+def main() -> None:
+    torch.set_num_threads(1)
+    jobs = json.loads(Path(sys.argv[1]).read_text())
+    tokens = torch.tensor(jobs["tokens"])
+    seen: dict[str, dict[str, str]] = {}
+    for name, folder in jobs["folders"].items():
+        try:
+            model = load(folder["path"], dequantize=folder["dequantize"])
+            logits = model(tokens).logits.float()
+        except Exception as error:  # whatever a loader raises is the finding
+            seen[name] = {"error": f"{type(error).__name__}: {error}"}
+            continue
+        save_file({"logits": logits.contiguous()}, Path(jobs["out"]) / f"{name}.safetensors")
+        seen[name] = {"kernel": kernel(model)}
+    print(json.dumps({"versions": versions(), "seen": seen}))
+
+
+if __name__ == "__main__":
+    main()
