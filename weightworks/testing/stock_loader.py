@@ -1,11 +1,11 @@
 """Loads folders with stock transformers and writes the logits they give for fixed tokens; nothing of this project.
 
-    PYTHON transformers_logits.py JOBS.json
+    PYTHON stock_loader.py JOBS.json
 
-The file holds ``tokens`` (a list of windows), ``out`` (a folder for NAME.safetensors with ``logits``) and ``folders``:
-name -> {"path": ..., "dequantize": ...}. The last line printed is a JSON object: ``versions`` of what took part, and
-by name ``kernel``, the class that multiplies with the packed weights, or the ``error``. Runs in an environment of its own where a format
-needs packages that conflict with ours; started by reload_gptq.py and by tests/test_reload.py.
+Run by :mod:`weightworks.testing.stored`, with the interpreter of whatever environment has the packages a format needs.
+JOBS holds ``tokens`` (windows of one length), ``out`` (a folder for NAME.safetensors with ``logits``) and ``folders``:
+name -> ``path`` and ``dequantize``. The last line printed is JSON: ``versions`` of what took part, and by name the
+``kernel``, the class that multiplies with packed weights, or the ``error``.
 """
 
 from __future__ import annotations
@@ -18,23 +18,19 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
 PACKAGES = ("torch", "transformers", "compressed-tensors", "optimum", "gptqmodel")
 
 
 def load(path: str, *, dequantize: bool) -> Any:
     """The model of one folder, as a user loads it."""
-    if not dequantize:
-        return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-    from transformers import CompressedTensorsConfig
-
-    config = CompressedTensorsConfig(dequantize=True)
-    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, quantization_config=config)
+    options = {"quantization_config": CompressedTensorsConfig(dequantize=True)} if dequantize else {}
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, **options)
 
 
 def kernel(model: Any) -> str:
-    """The class of the linear layers inside the last decoder block that are not plain ones; ``Linear`` if there are none."""
+    """The classes of the layers that hold packed codes; ``Linear`` if none does."""
     names = {type(module).__name__ for module in model.modules() if hasattr(module, "qweight")}
     return ", ".join(sorted(names)) or "Linear"
 
@@ -59,11 +55,11 @@ def main() -> None:
     for name, folder in jobs["folders"].items():
         try:
             model = load(folder["path"], dequantize=folder["dequantize"])
-            logits = model(tokens).logits.float()
+            logits = model(tokens).logits.float().contiguous()
         except Exception as error:  # whatever a loader raises is the finding
             seen[name] = {"error": f"{type(error).__name__}: {error}"}
             continue
-        save_file({"logits": logits.contiguous()}, Path(jobs["out"]) / f"{name}.safetensors")
+        save_file({"logits": logits}, Path(jobs["out"]) / f"{name}.safetensors")
         seen[name] = {"kernel": kernel(model)}
     print(json.dumps({"versions": versions(), "seen": seen}))
 
