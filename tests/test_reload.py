@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import subprocess
+import os
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from weightworks.plan import stage
 from weightworks.stage.settings import Settings
 from weightworks.store.checkpoint import Checkpoint
 from weightworks.store.dense import DenseView
+from weightworks.testing.stored import load_apart, stored_logits
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 BITS = (2, 3, 4, 8)
@@ -39,38 +41,8 @@ CALIBRATED: dict[str, dict[str, Any]] = {
 EVERY = {**ROUNDED, **CALIBRATED}
 PACKED = [name for name, options in EVERY.items() if options.get("format", "").startswith("gptq")]
 STOCK = [name for name in EVERY if name not in PACKED]
-NEEDED = [name for name in ("optimum", "gptqmodel") if importlib.util.find_spec(name) is None]
-
-# Runs with nothing of ours but the reader of dense weights. Folders come as JSON: name -> path, dequantize.
-SCRIPT = """
-import json, sys
-import torch
-from transformers import AutoModelForCausalLM, CompressedTensorsConfig
-from weightworks.store.checkpoint import Checkpoint
-from weightworks.store.dense import DenseView
-
-torch.set_num_threads(1)
-torch.set_grad_enabled(False)
-folders, source = json.loads(sys.argv[1]), sys.argv[2]
-tokens = torch.randint(2048, (2, 64), generator=torch.Generator().manual_seed(0))
-copy = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
-differences = {}
-for name, (folder, dequantize) in folders.items():
-    options = {"quantization_config": CompressedTensorsConfig(dequantize=True)} if dequantize else {}
-    loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options)
-    view = DenseView(Checkpoint.open(folder))
-    state = {}
-    for tensor in view.names:
-        weight = view.read(tensor)
-        if dequantize and view.is_packed(tensor):  # such a load gives weights in the dtype of the scales
-            weight = weight.to(view.tensors[tensor + "_scale"].dtype)
-        state[tensor] = weight.float()
-    missing, unexpected = copy.load_state_dict(state, strict=False)
-    assert missing in ([], ["lm_head.weight"]) and not unexpected, (missing, unexpected)
-    expected, seen = copy(tokens).logits, loaded(tokens).logits
-    differences[name] = float((seen - expected).abs().max() / expected.abs().max())
-print(json.dumps(differences))
-"""
+READER = os.environ.get("GPTQ_PYTHON")  # an interpreter with optimum and gptqmodel: see benchmarks/README.md
+NEEDED = [] if READER else [name for name in ("optimum", "gptqmodel") if importlib.util.find_spec(name) is None]
 
 
 @pytest.fixture(scope="module")
@@ -91,22 +63,20 @@ def folders(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
 
 
 @pytest.fixture(scope="module")
-def differences(folders: dict[str, tuple[Path, dict[str, Any]]], tiny_llama: Path) -> dict[str, float]:
+def differences(
+    folders: dict[str, tuple[Path, dict[str, Any]]], tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, float]:
     """Largest difference of logits, relative to the largest logit, by folder that can be loaded here."""
-    loadable = {
-        name: (str(folder), provenance["checks"]["dequantize"])
-        for name, (folder, provenance) in folders.items()
-        if name in STOCK or not NEEDED
-    }
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, json.dumps(loadable), str(tiny_llama)],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=Path(__file__).parent.parent,
-    )
-    assert done.returncode == 0, done.stderr
-    return dict(json.loads(done.stdout.splitlines()[-1]))
+    tokens = torch.randint(2048, (2, 64), generator=torch.Generator().manual_seed(0))
+    copy, found = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32), {}
+    for python, names in ((sys.executable, STOCK), (READER or sys.executable, [] if NEEDED else PACKED)):
+        asked = {name: (folders[name][0], folders[name][1]["checks"]["dequantize"]) for name in names}
+        if not asked:
+            continue
+        loaded, _ = load_apart(python, asked, tokens, tmp_path_factory.mktemp("logits"))
+        for name, (folder, dequantize) in asked.items():
+            found[name] = loaded[name].difference(stored_logits(copy, folder, tokens, dequantize=dequantize))
+    return found
 
 
 @pytest.mark.parametrize("name", STOCK)
@@ -114,7 +84,7 @@ def test_stock_transformers_computes_what_is_stored(name: str, differences: dict
     assert differences[name] < 1e-5
 
 
-@pytest.mark.skipif(bool(NEEDED), reason=f"transformers loads gptq folders with {' and '.join(NEEDED)}: not installed")
+@pytest.mark.skipif(bool(NEEDED), reason=f"needs {' and '.join(NEEDED)}, or GPTQ_PYTHON")
 @pytest.mark.parametrize("name", PACKED)
 def test_stock_transformers_computes_what_gptq_folders_store(name: str, differences: dict[str, float]) -> None:
     assert differences[name] < 5e-3  # its kernels work in 16 bits

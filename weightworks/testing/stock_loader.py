@@ -1,0 +1,68 @@
+"""Loads folders with stock transformers and writes the logits they give for fixed tokens; nothing of this project.
+
+    PYTHON stock_loader.py JOBS.json
+
+Run by :mod:`weightworks.testing.stored`, with the interpreter of whatever environment has the packages a format needs.
+JOBS holds ``tokens`` (windows of one length), ``out`` (a folder for NAME.safetensors with ``logits``) and ``folders``:
+name -> ``path`` and ``dequantize``. The last line printed is JSON: ``versions`` of what took part, and by name the
+``kernel``, the class that multiplies with packed weights, or the ``error``.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, CompressedTensorsConfig
+
+PACKAGES = ("torch", "transformers", "compressed-tensors", "optimum", "gptqmodel")
+
+
+def load(path: str, *, dequantize: bool) -> Any:
+    """The model of one folder, as a user loads it."""
+    options = {"quantization_config": CompressedTensorsConfig(dequantize=True)} if dequantize else {}
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, **options)
+
+
+def kernel(model: Any) -> str:
+    """The classes of the layers that hold packed codes; ``Linear`` if none does."""
+    names = {type(module).__name__ for module in model.modules() if hasattr(module, "qweight")}
+    return ", ".join(sorted(names)) or "Linear"
+
+
+def versions() -> dict[str, str]:
+    """Installed versions of the packages that take part."""
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+@torch.no_grad()
+def main() -> None:
+    torch.set_num_threads(1)
+    jobs = json.loads(Path(sys.argv[1]).read_text())
+    tokens = torch.tensor(jobs["tokens"])
+    seen: dict[str, dict[str, str]] = {}
+    for name, folder in jobs["folders"].items():
+        try:
+            model = load(folder["path"], dequantize=folder["dequantize"])
+            logits = model(tokens).logits.float().contiguous()
+        except Exception as error:  # whatever a loader raises is the finding
+            seen[name] = {"error": f"{type(error).__name__}: {error}"}
+            continue
+        save_file({"logits": logits}, Path(jobs["out"]) / f"{name}.safetensors")
+        seen[name] = {"kernel": kernel(model)}
+    print(json.dumps({"versions": versions(), "seen": seen}))
+
+
+if __name__ == "__main__":
+    main()
