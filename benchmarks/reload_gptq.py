@@ -26,10 +26,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _measure import note, save_json, table
-from _ours import HERE, work_folder
 from transformers import AutoModelForCausalLM
 
+from _measure import note, save_json, table
+from _ours import HERE, work_folder
 from weightworks.plan import stage
 from weightworks.stage.settings import Settings
 from weightworks.testing.stored import Loaded, load_apart, stored_logits

@@ -61,7 +61,7 @@ def main() -> None:
             continue
         save_file({"logits": logits}, Path(jobs["out"]) / f"{name}.safetensors")
         seen[name] = {"kernel": kernel(model)}
-    print(json.dumps({"versions": versions(), "seen": seen}))
+    sys.stdout.write(json.dumps({"versions": versions(), "seen": seen}) + "\n")
 
 
 if __name__ == "__main__":
