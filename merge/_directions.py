@@ -18,7 +18,7 @@ NEARLY = 0.9995  # SLERP: cosine, either way, from which the line stands for the
 STRAIGHT = 1e-7  # sine of an angle whose arc and line cannot be told apart in float32
 OPPOSED = 1e-6  # length of a weighted sum of unit vectors below which they have no mean direction
 
-Choice = Callable[[torch.Tensor], torch.Tensor]  # coefficients [..., N] from Gram matrices [..., N, N], float64
+Choice = Callable[["torch.Tensor"], "torch.Tensor"]  # coefficients [..., N] from Gram matrices [..., N, N], float64
 
 
 def survey(choose: Choice) -> Survey:
