@@ -35,6 +35,7 @@ def cluster(one_thread: None) -> Iterator[None]:
     with on_one_thread():
         variables = {"PYTHONPATH": os.pathsep.join(filter(None, [str(HERE), os.environ.get("PYTHONPATH")]))}
         ray.init(
+            address="local",  # not a cluster that somebody left running
             num_cpus=WORKERS,
             include_dashboard=False,
             log_to_driver=False,

@@ -67,7 +67,12 @@ class OnRay:
         if self._started:
             try:
                 _reach(address)
-                ray.init(address=address, log_to_driver=False, include_dashboard=False, logging_level=logging.ERROR)
+                ray.init(
+                    address=address or "local",
+                    log_to_driver=False,
+                    include_dashboard=False,
+                    logging_level=logging.ERROR,
+                )
             except (OSError, ValueError) as error:
                 raise ResourceError(
                     f"--ray-address {address}: no cluster answers ({error})",
