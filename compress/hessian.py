@@ -10,44 +10,18 @@ from dataclasses import dataclass, field
 
 import torch
 
+from weightworks.stream import gram
+
 DAMP_STEP = 0.01  # added to the damping after a failed factorisation (GPTQModel's ladder)
 FLOOR_STEPS = 6  # then diagonal floors 1e-6 * 10^k of the largest diagonal entry, k = 0 .. 6
-TILE = 1024  # rows handled at a time by the in-place helpers; a tile pair stays in the cache
-WIDE = 1024  # from here on scipy pays; below, waking its thread pool beside torch's costs more than it saves
 
 
-class Hessian:
-    """H [in, in] in float32, accumulated over batches of inputs.
-
-    ``tokens`` counts the rows seen, ``dropped`` those of batches left out because they held NaN or infinity.
-    """
-
-    def __init__(self, columns: int, device: torch.device | str = "cpu") -> None:
-        self.matrix = torch.zeros(columns, columns, dtype=torch.float32, device=device)
-        self.tokens = 0
-        self.dropped = 0
-
-    def add(self, inputs: torch.Tensor) -> None:
-        """Add X'X of ``inputs`` [tokens, in]."""
-        x = inputs.to(self.matrix.device, torch.float32)
-        if not torch.isfinite(x.sum()) and not torch.isfinite(x).all():
-            self.dropped += x.shape[0]
-            return
-        self.tokens += x.shape[0]
-        if not _through_scipy(self.matrix):
-            self.matrix.addmm_(x.T, x)
-            return
-        from scipy.linalg.blas import ssyrk
-
-        # Fortran's upper triangle is the lower one of our row-major matrix.
-        ssyrk(1.0, x.contiguous().numpy().T, beta=1.0, c=self.matrix.numpy().T, lower=0, overwrite_c=1)
+class Hessian(gram.Gram):
+    """H [in, in] in float32, accumulated over batches of inputs."""
 
     def finish(self) -> torch.Tensor:
         """H = (2/n) X'X [in, in], symmetric. The storage is this object's own, which ends with it."""
-        matrix, self.matrix = self.matrix, torch.empty(0)
-        if _through_scipy(matrix):
-            _mirror(matrix)
-        return matrix.mul_(2.0 / max(self.tokens, 1))
+        return self.mean(2.0)
 
 
 @dataclass
@@ -78,7 +52,7 @@ def factor(hessian: torch.Tensor, order: torch.Tensor, *, damp_percent: float) -
         hessian.diagonal().copy_(diagonal + damping * mean)
         if inverse_cholesky_(hessian):
             return Factor(hessian, damping, [raised] if raised else [])
-        _mirror(hessian)
+        gram.mirror(hessian)
         damping = round(damping + DAMP_STEP, 6)
         raised = f"damping raised from {damp_percent:g} to {damping:g}"
     for power in range(FLOOR_STEPS + 1):
@@ -86,7 +60,7 @@ def factor(hessian: torch.Tensor, order: torch.Tensor, *, damp_percent: float) -
         hessian.diagonal().copy_((diagonal + mean).clamp(min=floor))
         if inverse_cholesky_(hessian):
             return Factor(hessian, 1.0, [f"damping raised from {damp_percent:g} to 1, diagonal floor {floor:.2g}"])
-        _mirror(hessian)
+        gram.mirror(hessian)
     return Factor(None, 1.0, ["not positive definite at any damping"])
 
 
@@ -97,7 +71,7 @@ def inverse_cholesky_(reversed_hessian: torch.Tensor) -> bool:
     Cholesky and one triangular inverse, 2/3 n^3 operations, where Cholesky, inverse, Cholesky takes 4/3 n^3. On failure
     the strict lower triangle still holds K's.
     """
-    if not _through_scipy(reversed_hessian):
+    if not gram.through_scipy(reversed_hessian):
         lower, info = torch.linalg.cholesky_ex(reversed_hessian)
         if int(info):
             return False
@@ -120,40 +94,27 @@ def inverse_cholesky_(reversed_hessian: torch.Tensor) -> bool:
     return True
 
 
-def _through_scipy(matrix: torch.Tensor) -> bool:
-    return matrix.device.type == "cpu" and matrix.shape[0] >= WIDE
-
-
 def permute_(matrix: torch.Tensor, order: torch.Tensor) -> None:
     """``matrix[order][:, order]`` in place, a band of rows, then of columns, at a time."""
-    for start in range(0, matrix.shape[0], TILE):
-        band = matrix[start : start + TILE]
+    for start in range(0, matrix.shape[0], gram.TILE):
+        band = matrix[start : start + gram.TILE]
         band.copy_(band[:, order])
-    for start in range(0, matrix.shape[0], TILE):
-        band = matrix[:, start : start + TILE]
+    for start in range(0, matrix.shape[0], gram.TILE):
+        band = matrix[:, start : start + gram.TILE]
         band.copy_(band[order])
-
-
-def _mirror(matrix: torch.Tensor) -> None:
-    """Copy the strict lower triangle onto the upper."""
-    for start in range(0, matrix.shape[0], TILE):
-        stop = start + TILE
-        tile = matrix[start:stop, start:stop]
-        tile.copy_(tile.tril() + tile.tril(-1).T)
-        matrix[start:stop, stop:].copy_(matrix[stop:, start:stop].T)
 
 
 def _clear_upper(matrix: torch.Tensor) -> None:
     """Zero the strict upper triangle."""
-    for start in range(0, matrix.shape[0], TILE):
-        stop = start + TILE
+    for start in range(0, matrix.shape[0], gram.TILE):
+        stop = start + gram.TILE
         matrix[start:stop, start:stop].tril_()
         matrix[start:stop, stop:].zero_()
 
 
 def _reverse_(flat: torch.Tensor) -> None:
     """Reverse a vector in place, a few megabytes at a time."""
-    size, step = flat.numel(), TILE * TILE
+    size, step = flat.numel(), gram.TILE * gram.TILE
     for start in range(0, size // 2, step):
         stop = min(start + step, size // 2)
         head, end = flat[start:stop].clone(), flat[size - stop : size - start]

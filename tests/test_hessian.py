@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from compress import hessian as module
-from compress.hessian import WIDE, Hessian, factor, inverse_cholesky_, permute_
+from compress.hessian import Hessian, factor, inverse_cholesky_, permute_
+from weightworks.stream import gram
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -26,8 +26,8 @@ def expected_factor(matrix: torch.Tensor) -> torch.Tensor:
 def narrow(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Small matrices by the narrow path, and by the wide one in several tiles."""
     if request.param == "scipy":
-        monkeypatch.setattr(module, "WIDE", 1)
-        monkeypatch.setattr(module, "TILE", 16)
+        monkeypatch.setattr(gram, "WIDE", 1)
+        monkeypatch.setattr(gram, "TILE", 16)
     return str(request.param)
 
 
@@ -40,7 +40,7 @@ def test_factor_of_the_inverse(size: int, narrow: str) -> None:
     assert torch.equal(found, found.tril())
 
 
-@pytest.mark.parametrize("size", [WIDE - 1, WIDE, WIDE + 65])
+@pytest.mark.parametrize("size", [gram.WIDE - 1, gram.WIDE, gram.WIDE + 65])
 def test_factor_of_the_inverse_at_the_real_width(size: int) -> None:
     matrix = definite(size)
     found = matrix.flip(0, 1).contiguous()

@@ -7,19 +7,17 @@ needs only weights is a single pass over the tensors.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 
-from weightworks.engine.blockwise import hidden_size, prove_once
 from weightworks.engine.job import Job
+from weightworks.engine.walk import Walk
 from weightworks.stage.protocols import Survey
 from weightworks.store.writer import CheckpointWriter
-from weightworks.stream.activations import Activations
 from weightworks.stream.calibration import Calibration
-from weightworks.stream.linears import Linear, find_stages, read_linear, watch
-from weightworks.stream.memory import release
-from weightworks.stream.passes import Windows, run_block, shell
+from weightworks.stream.linears import Linear, read_linear
 
 
 class Weights(Sequence[torch.Tensor]):
@@ -54,7 +52,8 @@ def run_surveys(
                 figures = list(_tensors(job, survey, found))
             else:
                 assert calibration is not None
-                figures = _Blocks(job, writer, survey, number, calibration, probe, dtype, on_disk=on_disk).run(found)
+                walk = Walk(job, writer, f"survey {number}", calibration.tokens, probe, dtype, on_disk=on_disk)
+                figures = walk.run(partial(_block, walk, survey, found))
             writer.done(f"survey {number}", {"found": survey.conclude(figures, found)})
         found = writer.steps[f"survey {number}"]["found"]
     job.keeps = found or {}
@@ -69,81 +68,10 @@ def _tensors(job: Job, survey: Survey, found: Any) -> Iterator[Any]:
     job.progress.end()
 
 
-class _Blocks:
-    """One survey of inputs on its way over the blocks."""
-
-    def __init__(
-        self,
-        job: Job,
-        writer: CheckpointWriter,
-        survey: Survey,
-        number: int,
-        calibration: Calibration,
-        probe: torch.Tensor,
-        dtype: torch.dtype,
-        *,
-        on_disk: bool,
-    ) -> None:
-        self.job, self.writer, self.survey, self.name, self.dtype = job, writer, survey, f"survey {number}", dtype
-        self.windows, self.probe = Windows(calibration.tokens), probe
-        shape = (*calibration.tokens.shape, hidden_size(job))
-        self.states = Activations(shape, dtype, writer.scratch, f"survey{number}", on_disk=on_disk)
-
-    def run(self, found: Any) -> list[Any]:
-        """The figures of every block."""
-        job, skeleton = self.job, self.job.skeleton
-        count = len(skeleton.blocks)
-        done = next(index for index in range(count + 1) if self._step(index) not in self.writer.steps)
-        if done < count:
-            self._embed(done)
-        job.progress.begin("block looked at", count, done)
-        for index in range(done, count):
-            names = skeleton.names_of(index)
-            skeleton.load(job.view, names, self.dtype, job.device)
-            figures = self._look(index, found)
-            run_block(skeleton, index, self.windows, self.states, self.dtype, job.device)
-            skeleton.unload(names)
-            release()
-            self.states.checkpoint()
-            self.writer.done(self._step(index), {"figures": figures})
-            self.states.forget()
-            job.progress.step(self._step(index))
-        job.progress.end()
-        self.states.advance()
-        self.states.forget()  # the last ones too
-        return [self.writer.steps[self._step(index)]["figures"] for index in range(count)]
-
-    def _step(self, index: int) -> str:
-        return f"{self.name}, block {index}"
-
-    def _embed(self, done: int) -> None:
-        job = self.job
-        with shell(job.skeleton, job.view, job.device):
-            job.returns_tuple = prove_once(job, self.writer, self.probe)
-            self.windows.capture(job.skeleton, returns_tuple=job.returns_tuple, device=job.device)
-            if done:
-                self.states.restore(done)
-                return
-            for start, hidden in self.windows.embedded(job.skeleton, job.device):
-                self.states.write(start, hidden.to(self.dtype))
-            self.states.advance()
-
-    def _look(self, index: int, found: Any) -> Any:
-        """The figures of the loaded block: all its inputs are watched in one pass, for nothing is changed."""
-        job, make = self.job, self.survey.watch
-        assert make is not None
-        first = min(self.windows.batch, self.windows.tokens.shape[0])
-        call = self.windows.call(first, self.dtype).blocks[index]
-        hidden = self.states.read(0, first).to(job.device)
-        stages, never = find_stages(job.skeleton, index, call, hidden, job.blocks[index])
-        groups = [group for stage in stages for group in stage.groups]
-        statistics = {group.leader: make(group.columns, job.device) for group in groups}
-        watchers = {leader: kept.add for leader, kept in statistics.items()}
-        for start, stop in self.windows.slices():
-            call = self.windows.call(stop - start, self.dtype).blocks[index]
-            watch(job.skeleton.blocks[index][1], call, self.states.read(start, stop).to(job.device), watchers)
-        of = {linear.tensor: statistics[group.leader] for group in groups for linear in group.linears}
-        of |= {linear.tensor: make(linear.shape[1], job.device) for linear in never}
-        linears = job.blocks[index]
-        seen = [of[linear.tensor] for linear in linears]
-        return self.survey.look(Weights(job, linears), seen, [job.target_of(linear) for linear in linears], found)
+def _block(walk: Walk, survey: Survey, found: Any, index: int) -> Any:
+    """The figures of a loaded block."""
+    assert survey.watch is not None
+    job, linears = walk.job, walk.job.blocks[index]
+    of = {name: statistics for part in walk.inputs(index, survey.watch) for name, statistics in part.items()}
+    seen = [of[linear.tensor] for linear in linears]
+    return survey.look(Weights(job, linears), seen, [job.target_of(linear) for linear in linears], found)

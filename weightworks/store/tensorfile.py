@@ -71,6 +71,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
 
     Every header a careful reader would refuse is refused here: truncated data, holes, overlaps, unknown dtypes.
     """
+<<<<<<< HEAD
     raw = header_bytes(path)
     return parse_header(raw, path, size=path.stat().st_size)
 
@@ -94,6 +95,10 @@ def header_bytes(path: Path) -> bytes:
 def parse_header(raw: bytes, path: Path | str, *, size: int | None = None) -> dict[str, TensorInfo]:
     """The tensors that the ``header_bytes`` ``raw`` of ``path`` list, in file order; they must fill ``size`` bytes if given."""
     path, begin = Path(path), len(raw)
+=======
+    size, raw = path.stat().st_size, _raw_header(path)
+    length = len(raw)
+>>>>>>> 49442ed (The Gram matrix of inputs moves to stream, where engines reach it; files say what they are, and one can be published alone)
     try:
         entries = json.loads(raw[8:])
         entries.pop("__metadata__", None)
@@ -115,6 +120,31 @@ def parse_header(raw: bytes, path: Path | str, *, size: int | None = None) -> di
             hint="fetch the shard again; nothing was written",
         )
     return {info.name: info for info in infos}
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """What a safetensors file says of itself; nothing if its header is not what it should be."""
+    try:
+        found = json.loads(_raw_header(path)).get("__metadata__", {})
+    except (ValueError, AttributeError, RecursionError):
+        return {}
+    return {str(key): str(value) for key, value in found.items()} if isinstance(found, dict) else {}
+
+
+def _raw_header(path: Path) -> bytes:
+    """The header's JSON, as it is."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        prefix = file.read(8)
+        if len(prefix) < 8:
+            raise CheckpointError(f"{path}: {size} bytes is too short for a safetensors file (header length needs 8)")
+        length = int.from_bytes(prefix, "little")
+        if length > MAX_HEADER_BYTES or 8 + length > size:
+            raise CheckpointError(
+                f"{path}: wrong header: it claims {length:,} bytes, the file has {size:,}",
+                hint="the file is not safetensors or its download was cut; fetch it again",
+            )
+        return file.read(length)
 
 
 def _entry(path: Path, name: str, entry: Mapping[str, Any], base: int) -> TensorInfo:
@@ -161,13 +191,15 @@ def bytes_of(tensor: torch.Tensor) -> memoryview:
     return memoryview(array)
 
 
-def build_header(specs: Iterable[TensorSpec], shard: str) -> tuple[bytes, list[TensorInfo]]:
-    """Header bytes and tensor places of a file that will hold ``specs``.
+def build_header(
+    specs: Iterable[TensorSpec], shard: str, metadata: Mapping[str, str] | None = None
+) -> tuple[bytes, list[TensorInfo]]:
+    """Header bytes and tensor places of a file that will hold ``specs``, and says ``metadata`` of itself.
 
     Wider dtypes come first, as the library writes them, so that every tensor starts on a multiple of its item size.
     """
     ordered: Sequence[TensorSpec] = sorted(specs, key=lambda spec: -spec.dtype.itemsize)
-    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    entries: dict[str, object] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     position = 0
     for spec in ordered:
         entries[spec.name] = {

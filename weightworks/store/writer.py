@@ -50,8 +50,13 @@ class CheckpointWriter:
 
     ``identity`` says what is being made. A staging folder of the same identity is continued (unless ``resume`` is off),
     one of another identity is refused. ``steps`` holds the facts of every step the journal already has. ``side`` are files
+<<<<<<< HEAD
     of tensors that are no weights of the model, by file name; the index does not name them. Without ``specs`` there are
     no others.
+=======
+    of tensors that are no weights of the model, by file name; the index does not name them. ``metadata`` is what every
+    file says of itself.
+>>>>>>> 49442ed (The Gram matrix of inputs moves to stream, where engines reach it; files say what they are, and one can be published alone)
     """
 
     def __init__(
@@ -64,6 +69,7 @@ class CheckpointWriter:
         overwrite: bool = False,
         resume: bool = True,
         side: Mapping[str, Sequence[TensorSpec]] | None = None,
+        metadata: Mapping[str, str] | None = None,
     ) -> None:
         check_target(target, overwrite=overwrite)
         self.target = target if target.name not in ("", "..") else target.resolve()
@@ -71,10 +77,11 @@ class CheckpointWriter:
         planned = list(specs)
         self.shards = plan_shards(planned, max_shard_bytes) if planned else {}  # an adapter has side files only
         self.side = {file: list(members) for file, members in (side or {}).items()}
+        self.metadata = dict(metadata or {})
         self.tensors: dict[str, TensorInfo] = {}
         headers: dict[str, bytes] = {}
         for shard, members in self.files.items():
-            headers[shard], infos = build_header(members, shard)
+            headers[shard], infos = build_header(members, shard, self.metadata)
             self.tensors.update((info.name, info) for info in infos)
         self.digests: dict[str, str] = {}
         self.steps: dict[str, dict[str, Any]] = {}
@@ -145,7 +152,7 @@ class CheckpointWriter:
     def add(self, file: str, specs: Sequence[TensorSpec]) -> None:
         """Plan and reserve one more side file, of tensors whose shapes the work itself has found out."""
         self.side[file] = list(specs)
-        header, infos = build_header(specs, file)
+        header, infos = build_header(specs, file, self.metadata)
         self.tensors.update((info.name, info) for info in infos)
         with writing(self.staging / file):
             self._reserve(file, header)
@@ -165,7 +172,7 @@ class CheckpointWriter:
     @property
     def nbytes(self) -> int:
         """Bytes of all weight files, headers included: exact, known before any work."""
-        return sum(_file_bytes(members, shard) for shard, members in self.files.items())
+        return sum(_file_bytes(members, shard, self.metadata) for shard, members in self.files.items())
 
     def put(self, name: str, tensor: torch.Tensor) -> None:
         """Write one tensor. Its shape and dtype must be the planned ones, its values finite."""
@@ -264,7 +271,7 @@ class CheckpointWriter:
         return digests
 
     def _read_shard(self, shard: str, infos: list[TensorInfo]) -> str:
-        path, header = self.staging / shard, build_header(self.files[shard], shard)[0]
+        path, header = self.staging / shard, build_header(self.files[shard], shard, self.metadata)[0]
         whole, hint = (
             hashlib.sha256(header),
             "the disk or its cache is faulty; the staging folder is left for inspection",
@@ -306,8 +313,8 @@ class CheckpointWriter:
             INDEX, json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2) + "\n"
         )
 
-    def commit(self) -> None:
-        """Publish: drop journal and scratch, rename the staging folder to the target."""
+    def commit(self, only: str | None = None) -> None:
+        """Publish: drop journal and scratch, rename the staging folder to the target; or its file ``only``, all else dropped."""
         check_target(self.target, overwrite=self.overwrite)  # again: it may have appeared during the run
         self.close()
         with writing(self.target):
@@ -315,14 +322,17 @@ class CheckpointWriter:
             for name in (JOURNAL, "lock"):
                 (self.staging / name).unlink(missing_ok=True)
             _sync_folder(self.staging)
+            made = self.staging if only is None else self.staging / only
             if os.path.lexists(self.target):
                 old = self.target.with_name(self.target.name + ".replaced")
                 _remove(old)
                 self.target.rename(old)
-                self.staging.rename(self.target)
+                made.rename(self.target)
                 _remove(old)
             else:
-                self.staging.rename(self.target)
+                made.rename(self.target)
+            if only is not None:
+                _remove(self.staging)
             _sync_folder(self.target.parent)
 
     def close(self) -> None:
@@ -413,8 +423,8 @@ def check_finite(name: str, tensor: torch.Tensor) -> None:
         raise MethodError(f"tensor '{name}' holds {bad} NaN or infinite values", hint="repair the source checkpoint")
 
 
-def _file_bytes(members: Sequence[TensorSpec], shard: str) -> int:
-    return len(build_header(members, shard)[0]) + sum(spec.nbytes for spec in members)
+def _file_bytes(members: Sequence[TensorSpec], shard: str, metadata: Mapping[str, str] | None = None) -> int:
+    return len(build_header(members, shard, metadata)[0]) + sum(spec.nbytes for spec in members)
 
 
 def _difference(old: Mapping[str, Any], new: Mapping[str, Any], path: str = "") -> str:
