@@ -71,7 +71,6 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
 
     Every header a careful reader would refuse is refused here: truncated data, holes, overlaps, unknown dtypes.
     """
-<<<<<<< HEAD
     raw = header_bytes(path)
     return parse_header(raw, path, size=path.stat().st_size)
 
@@ -95,10 +94,6 @@ def header_bytes(path: Path) -> bytes:
 def parse_header(raw: bytes, path: Path | str, *, size: int | None = None) -> dict[str, TensorInfo]:
     """The tensors that the ``header_bytes`` ``raw`` of ``path`` list, in file order; they must fill ``size`` bytes if given."""
     path, begin = Path(path), len(raw)
-=======
-    size, raw = path.stat().st_size, _raw_header(path)
-    length = len(raw)
->>>>>>> 49442ed (The Gram matrix of inputs moves to stream, where engines reach it; files say what they are, and one can be published alone)
     try:
         entries = json.loads(raw[8:])
         entries.pop("__metadata__", None)
@@ -125,26 +120,10 @@ def parse_header(raw: bytes, path: Path | str, *, size: int | None = None) -> di
 def read_metadata(path: Path) -> dict[str, str]:
     """What a safetensors file says of itself; nothing if its header is not what it should be."""
     try:
-        found = json.loads(_raw_header(path)).get("__metadata__", {})
+        found = json.loads(header_bytes(path)[8:]).get("__metadata__", {})
     except (ValueError, AttributeError, RecursionError):
         return {}
     return {str(key): str(value) for key, value in found.items()} if isinstance(found, dict) else {}
-
-
-def _raw_header(path: Path) -> bytes:
-    """The header's JSON, as it is."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        prefix = file.read(8)
-        if len(prefix) < 8:
-            raise CheckpointError(f"{path}: {size} bytes is too short for a safetensors file (header length needs 8)")
-        length = int.from_bytes(prefix, "little")
-        if length > MAX_HEADER_BYTES or 8 + length > size:
-            raise CheckpointError(
-                f"{path}: wrong header: it claims {length:,} bytes, the file has {size:,}",
-                hint="the file is not safetensors or its download was cut; fetch it again",
-            )
-        return file.read(length)
 
 
 def _entry(path: Path, name: str, entry: Mapping[str, Any], base: int) -> TensorInfo:

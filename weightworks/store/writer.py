@@ -50,13 +50,8 @@ class CheckpointWriter:
 
     ``identity`` says what is being made. A staging folder of the same identity is continued (unless ``resume`` is off),
     one of another identity is refused. ``steps`` holds the facts of every step the journal already has. ``side`` are files
-<<<<<<< HEAD
     of tensors that are no weights of the model, by file name; the index does not name them. Without ``specs`` there are
-    no others.
-=======
-    of tensors that are no weights of the model, by file name; the index does not name them. ``metadata`` is what every
-    file says of itself.
->>>>>>> 49442ed (The Gram matrix of inputs moves to stream, where engines reach it; files say what they are, and one can be published alone)
+    no others. ``metadata`` is what every file says of itself.
     """
 
     def __init__(
