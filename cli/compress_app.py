@@ -17,6 +17,7 @@ from cli.outcomes import show_estimate, show_outcome
 from cli.params import command, given, parameters
 from cli.render import emit, pairs, show, show_error, table
 from cli.scores import show_scores
+from cli.stats import stats, stats_parameters
 from weightworks.errors import UsageError
 from weightworks.stage import catalog
 
@@ -324,9 +325,12 @@ def methods(
 
 COMMANDS: dict[str, Callable[..., int | None]] = {
     "quantize": quantize, "prune": prune, "evaluate": evaluate, "inspect": inspect, "diff": diff, "verify": verify,
-    "export": storing.export, "densify": storing.densify, "methods": methods, "run": recipes.run,
+    "export": storing.export, "densify": storing.densify, "stats": stats, "methods": methods, "run": recipes.run,
     "explain": recipes.explain, "schema": recipes.schema, "recipe": recipes.recipe, "cache": recipes.cache,
 }  # fmt: skip
+
+
+OPTIONED = {*catalog.SHELVES, "stats"}  # commands whose options are declared by option classes
 
 
 def build(typed: str | None) -> typer.Typer:
@@ -349,15 +353,17 @@ def build(typed: str | None) -> typer.Typer:
         pass
 
     for name, function in COMMANDS.items():
-        extra = stage_parameters(name) if name == typed and name in catalog.SHELVES else []
+        extra = stage_parameters(name) if name == typed and name in OPTIONED else []
         app.command(name)(command(function, extra, guarded(function)))
     return app
 
 
 def stage_parameters(kind: str) -> list[Any]:
-    """Options of all methods of a kind, and those common to every run."""
+    """Options of all methods of a kind (or of stats), and those common to every run."""
     from weightworks.stage.settings import Settings
 
+    if kind == "stats":
+        return stats_parameters()
     classes = {entry.name: entry.load().Options for entry in catalog.methods(kind).values()}
     return [*parameters(classes, "Method"), *parameters({"": Settings}, "Run")]
 

@@ -37,7 +37,8 @@ def merged(
 
     def slabs(name: str, asking: Any) -> Iterator[Slab]:
         shape = tuple(models[0][name].shape) or (1,)
-        step = shape[0] if rows is None or len(shape) == 1 or is_whole(asking, name, shape) else rows
+        known = side is None or any(own.get(name) for own in side)
+        step = shape[0] if rows is None or len(shape) == 1 or (known and is_whole(asking, name, shape)) else rows
         for start in range(0, shape[0], step):
             part = slice(start, start + step)
             yield Slab(

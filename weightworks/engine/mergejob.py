@@ -15,14 +15,17 @@ import torch
 
 import weightworks
 from weightworks.engine.job import dense_config, environment, origin
+from weightworks.engine.side import Side, open_statistics
 from weightworks.errors import MethodError, NotFiniteError, UsageError, WeightworksError
 from weightworks.report.card import merge_card
 from weightworks.report.progress import Progress
+from weightworks.stage.merging import is_whole
 from weightworks.stage.settings import Settings
 from weightworks.store import tokenizerfile
 from weightworks.store.checkpoint import Checkpoint
 from weightworks.store.dense import DenseView
 from weightworks.store.formats import Format
+from weightworks.store.statistics import Statistics
 from weightworks.store.tensorfile import TensorSpec
 from weightworks.store.tokenizerfile import SLOW, extended, extended_config
 from weightworks.store.vocabulary import Alignment, Reader
@@ -91,6 +94,7 @@ class MergeJob:
     left_out: dict[str, str] = field(init=False, default_factory=dict)  # input tensors that go nowhere, and why
     alignment: dict[str, Any] | None = field(init=False, default=None)  # what was moved before
     selection: dict[str, Any] | None = field(init=False, default=None)  # how the members were chosen
+    statistics: tuple[Statistics, ...] = field(init=False, default=())  # of each model, where the method wants them
     skeleton: Any = field(init=False, default=None)  # of the written output, once it is there
     returns_tuple: int = field(init=False, default=0)
 
@@ -98,6 +102,7 @@ class MergeJob:
         self._check_inputs()
         self.members = tuple(range(len(self.models)))
         self._plan()
+        self.statistics = open_statistics(self)
 
     def choose(self, members: Sequence[int]) -> None:
         """Merge ``members`` alone, numbers among the models. The output's tensors stay the same."""
@@ -272,6 +277,17 @@ class MergeJob:
             )
         return rows.to(self.device)
 
+    def whole(self, asking: Any, part: Part) -> bool:
+        """Whether a survey or the method wants a tensor in one slab; one that reads statistics, only those that have them."""
+        known = not self.statistics or any(self.side_of(part, 0, 0))
+        return known and is_whole(asking, part.spec.name, part.spec.shape or (1,))
+
+    def side_of(self, part: Part, start: int, stop: int) -> tuple[Side, ...]:
+        """The statistics of rows of each model that a tensor is made of."""
+        if not self.statistics:
+            return ()
+        return tuple(Side(self.statistics[number], name, start, stop, self.device) for number, name in part.models)
+
     # What the end of a stage asks.
 
     format: Format | None = None
@@ -357,11 +373,14 @@ class MergeJob:
             "method": self.label,
             "method_version": self.version,
             "weightworks": weightworks.__version__,
-            "options": {name: value for name, value in self.options.resolved().items() if name != "check"},
+            "options": {
+                name: value for name, value in self.options.resolved().items() if name not in ("check", "statistics")
+            },
             "input": {
                 "models": [item.checkpoint.digest for item in self.models],
                 "base": None if self.base is None else self.base.checkpoint.digest,
                 **({} if self.earlier is None else {"earlier": self.earlier.digest}),
+                **({"statistics": [one.digest for one in self.statistics]} if self.statistics else {}),
             },
             "max_shard_size": self.settings.shard_bytes,
             "seed": self.settings.seed,

@@ -17,7 +17,7 @@ from weightworks.engine.diagnosis import Diagnosis
 from weightworks.engine.machine import one_thread
 from weightworks.engine.mergejob import STATE_FILE, STATE_PREFIX, MergeJob, Part
 from weightworks.errors import MethodError, VerificationError
-from weightworks.stage.merging import STATE, Slab, Survey, is_whole
+from weightworks.stage.merging import STATE, Slab, Survey
 from weightworks.store.checkpoint import Checkpoint
 from weightworks.store.tensorfile import TensorInfo, read_bytes, read_header
 from weightworks.store.writer import CheckpointWriter
@@ -76,7 +76,7 @@ class Merging:
         """A ``map`` that keeps order. Slabs are too small to be divided among threads, so several tensors are worked on at
         once, each by one thread; whole tensors one after the other, by all threads."""
         threads = torch.get_num_threads()
-        whole = any(is_whole(asking, part.spec.name, part.spec.shape or (1,)) for asking, part in work)
+        whole = any(self.job.whole(asking, part) for asking, part in work)
         if whole or self.job.device.type != "cpu":
             yield map
             return
@@ -262,13 +262,14 @@ def slabs(
         return job.read(item, tensor, start, stop) if tensor in item.tensors or base is None else base.clone()
 
     shape = part.spec.shape or (1,)
-    step = shape[0] if is_whole(asking, part.spec.name, shape) else slab_rows(shape, len(part.models), most)
+    step = shape[0] if job.whole(asking, part) else slab_rows(shape, len(part.models), most)
     keys = tuple(job.keys[number] for number, _ in part.models)
     for start in range(0, shape[0], max(step, 1)):
         stop = min(start + step, shape[0])
         base = None if job.base is None or part.base is None else job.read(job.base, part.base, start, stop)
         models = tuple(rows(number, tensor, base) for number, tensor in part.models)
-        yield Slab(part.spec.name, shape, start, models, base, keys, job.settings.seed, state(part, start, stop))
+        kept, side = state(part, start, stop), job.side_of(part, start, stop)
+        yield Slab(part.spec.name, shape, start, models, base, keys, job.settings.seed, kept, side)
 
 
 def surveys_of(method: Any, scope: str) -> list[Survey]:

@@ -16,13 +16,13 @@ from weightworks.engine.finish import prove_written, publish, seal, stream_perpl
 from weightworks.engine.machine import free_memory, pick_device, resident
 from weightworks.engine.mergejob import Input, MergeJob, open_inputs
 from weightworks.engine.merging import LOOK, Merging, slab_rows
+from weightworks.engine.side import matrix_bytes
 from weightworks.errors import ResourceError, WeightworksError
 from weightworks.plan.heldout import costs, digests, fit, held_out
 from weightworks.plan.stage import Outcome, check_windows, finished, keep_inputs, log_path, short_name, stored_dtype
 from weightworks.plan.vocabularies import matched
 from weightworks.report.progress import Progress
 from weightworks.stage import catalog
-from weightworks.stage.merging import is_whole
 from weightworks.stage.settings import Settings
 from weightworks.store.checkpoint import Checkpoint
 from weightworks.store.dense import DenseView
@@ -204,12 +204,12 @@ def estimate(job: MergeJob) -> Estimate:
 
     def held(part: Any) -> int:
         shape = part.spec.shape or (1,)
-        whole = any(is_whole(one, part.spec.name, shape) for one in asking)
+        whole = any(job.whole(one, part) for one in asking)
         rows = shape[0] if whole else min(shape[0], slab_rows(shape, inputs, LOOK))
         return rows * (part.spec.nbytes // part.spec.dtype.itemsize // max(shape[0], 1))
 
     slab = 4 * max(map(held, parts), default=0) * (2 * inputs + 4)
-    phases = {"merging": slab}
+    phases = {"merging": slab + matrix_bytes(job.statistics)}
     if job.options.check == "full":
         phases["checking the result"] = _loading(job)
     if job.options.align:

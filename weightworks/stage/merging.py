@@ -11,7 +11,8 @@ import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, ClassVar, Literal, Protocol, Self
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, Protocol, Self
 
 import numpy
 import torch
@@ -79,6 +80,21 @@ class WeightedOptions(MergeOptions):
     PER_MODEL: ClassVar[tuple[str, ...]] = ("weights",)
 
     weights: list[float] = Field(default=[], description="a weight for each model, such as 0.5,0.3,0.2; default: equal")
+
+
+class StatisticsOptions(WeightedOptions):
+    """Options of merges that read statistics of the models (``SIDE``)."""
+
+    weights: list[Annotated[float, Field(gt=0)]] = Field(
+        default=[], description="a weight for each model, such as 0.5,0.3,0.2; default: equal"
+    )
+    statistics: list[str] = Field(
+        default=[], description="a file of compress stats for each model, in their order; once for each file"
+    )
+
+    def files(self) -> list[Path]:
+        """The files, for what depends on their content."""
+        return [Path(path).expanduser() for path in self.statistics]
 
 
 @dataclass(frozen=True)
@@ -163,7 +179,8 @@ class Merger(Protocol):
     Besides what is below, the class says: ``BASE``, whether a base is "required", "optional" or "refused"; ``LEAST`` and
     ``MOST`` (None: any number), how many models it takes. It may say ``WHOLE = True``: slabs are whole tensors; or have
     ``whole(name, shape)``, which says it of each. ``SIDE = "gram"`` asks for statistics of that kind, a file for each
-    model, which the option ``statistics`` names. ``STATE = True``: what its survey keeps of every tensor stays beside the
+    model, which the option ``statistics`` names (:class:`StatisticsOptions`); what it says of whole tensors then holds for
+    those that have statistics, and it has ``files()``, that of its options. ``STATE = True``: what its survey keeps of every tensor stays beside the
     result. ``CONTINUES = True``: a merge can take up another one that is finished: its first survey then sees the
     other's state and, as ``found``, what the other concluded.
 

@@ -3,7 +3,8 @@
 Tensors are called by what they are and the checkpoint tensor they belong to:
 
 * kind ``gram``: ``gram.NAME`` float32 [in (in + 1) / 2], the upper triangle of X'X / n by rows, X [n, in] the inputs of the
-  linear layer whose weight is NAME; and ``tokens.NAME`` int64 [], that n. Half the size of the whole matrix.
+  linear layer whose weight is NAME; and ``tokens.NAME`` int64 [], that n. Half the size of the whole matrix. Linears that
+  read the same input each have their own copy.
 * kind ``fisher``: ``fisher.NAME`` float32 of the shape of NAME, the mean squared gradient of the log-likelihood.
 
 The file's metadata say of which checkpoint (by digest) and of which text, so that statistics of another model are refused.
@@ -34,7 +35,8 @@ class Statistics:
     """A file of statistics, opened by its header.
 
     ``facts`` are what it says of itself: ``kind``, ``model`` (digest of the checkpoint), ``source`` (its name), ``identity``
-    (sha256 of all the figures depend on), ``text`` (source, digest, windows, tokens).
+    (sha256 of all the figures depend on), ``text`` (source, digest, windows, tokens), and of Gram matrices ``transposed``,
+    the weights that the checkpoint stores as [in, out].
     """
 
     path: Path
@@ -46,11 +48,14 @@ class Statistics:
         """Open a file by its header. Raises :class:`CheckpointError` for what is missing, damaged or no statistics."""
         file = Path(path).expanduser()
         if not file.is_file():
-            raise CheckpointError(f"{path}: no such file of statistics", hint="compress stats MODEL --dataset TEXT -o FILE")
+            raise CheckpointError(
+                f"{path}: no such file of statistics", hint="compress stats MODEL --dataset TEXT -o FILE"
+            )
         facts = read_facts(file)
         if facts is None:
             raise CheckpointError(
-                f"{path}: holds no statistics of a model", hint="compress stats MODEL --dataset TEXT -o FILE writes them"
+                f"{path}: holds no statistics of a model",
+                hint="compress stats MODEL --dataset TEXT -o FILE writes them",
             )
         return cls(file, facts, read_header(file))
 
@@ -68,6 +73,10 @@ class Statistics:
         """The checkpoint's tensors of which it holds statistics."""
         start = self.kind + "."
         return frozenset(name.removeprefix(start) for name in self.tensors if name.startswith(start))
+
+    def called(self, name: str) -> str:
+        """What the statistics of ``name`` are: the kind, or ``gram of rows`` where the weight is stored as [in, out]."""
+        return f"{self.kind} of rows" if name in self.facts.get("transposed", ()) else self.kind
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of what :meth:`read` gives of the whole tensor ``name``."""
