@@ -25,7 +25,7 @@ class Options(StatisticsOptions):
     floor: float = Field(
         1e-2,
         gt=0,
-        description="epsilon: added to every F, as a share of the mean over all weights and models; where no model cares, the mean",
+        description="epsilon: added to every F, a share of its mean over all weights and models; where no model cares, the mean",
     )
     normalize: bool = Field(
         True,

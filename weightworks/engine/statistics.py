@@ -147,4 +147,4 @@ def gram_bytes(job: Job) -> int:
         sum(skeleton.get(name).numel() for name in skeleton.names_of(index)) for index in range(len(skeleton.blocks))
     ]
     outside = sum(skeleton.get(name).numel() for name in skeleton.names_of(None))
-    return 4 * max(max(blocks), outside) + 4 * max(linear.shape[1] for linear in job.linears.values()) ** 2
+    return 4 * max(*blocks, outside) + 4 * max(linear.shape[1] for linear in job.linears.values()) ** 2

@@ -180,9 +180,9 @@ class Merger(Protocol):
     ``MOST`` (None: any number), how many models it takes. It may say ``WHOLE = True``: slabs are whole tensors; or have
     ``whole(name, shape)``, which says it of each. ``SIDE = "gram"`` asks for statistics of that kind, a file for each
     model, which the option ``statistics`` names (:class:`StatisticsOptions`); what it says of whole tensors then holds for
-    those that have statistics, and it has ``files()``, that of its options. ``STATE = True``: what its survey keeps of every tensor stays beside the
-    result. ``CONTINUES = True``: a merge can take up another one that is finished: its first survey then sees the
-    other's state and, as ``found``, what the other concluded.
+    those that have statistics, and it has ``files()``, that of its options. ``STATE = True``: what its survey keeps of
+    every tensor stays beside the result. ``CONTINUES = True``: a merge can take up another one that is finished: its
+    first survey then sees the other's state and, as ``found``, what the other concluded.
 
     A method that looks at held-out text first has two functions more, and no surveys: ``held_out(count) -> HeldOut | None``,
     what it wants for so many models, None: nothing; ``fit(bench: Bench) -> Fit``, which makes its choice.

@@ -131,7 +131,29 @@ def tensors(
 def act(trial: Trial, models: Any, base: Any, rows: int | None = None) -> dict[str, torch.Tensor]:
     """The merge of ``models`` with the method's defaults."""
     with told(f"{trial.label} fails on small tensors"), one_thread():
-        return merged(trial.module.Method(simplest(trial.module.Options)), models, base, rows=rows)
+        method = trial.module.Method(simplest(trial.module.Options))
+        return merged(method, models, base, rows=rows, side=statistics(method, models))
+
+
+def statistics(method: Any, models: Any) -> list[dict[str, dict[str, torch.Tensor]]] | None:
+    """Made-up statistics of each model's tensors, of the kind that ``method`` asks for; None if it asks for none."""
+    import torch
+
+    if (kind := getattr(method, "SIDE", None)) is None:
+        return None
+    found = []
+    for number, model in enumerate(models):
+        generator = torch.Generator().manual_seed(number)
+        if kind == "gram":
+            inputs = {
+                name: torch.randn(64, value.shape[1], generator=generator)
+                for name, value in model.items()
+                if value.ndim == 2
+            }
+            found.append({name: {kind: x.T @ x / 64} for name, x in inputs.items()})
+        else:
+            found.append({name: {kind: torch.rand(value.shape, generator=generator)} for name, value in model.items()})
+    return found
 
 
 @cache
@@ -162,6 +184,26 @@ def small_models() -> list[Path]:
     return folders
 
 
+@cache
+def gathered(kind: str) -> list[Path]:
+    """Files of statistics of the small models, without their base, in order."""
+    from weightworks.plan.stats import run_stats
+    from weightworks.stage.settings import Settings
+    from weightworks.stage.statistics import StatisticsOptions
+
+    settings = Settings(**SETTINGS, num_samples=4, seq_len=32, dtype="float32")
+    with one_thread():
+        return [
+            run_stats(
+                str(model),
+                StatisticsOptions(kind=kind),
+                settings,
+                output=model.with_name(f"{model.name}.{kind}.safetensors"),
+            ).target
+            for model in small_models()[1:]
+        ]
+
+
 def run(trial: Trial, target: Path) -> Path:
     """Merge the small models with the method's defaults; returns the folder it made."""
     from weightworks.plan.merge import run_merge
@@ -171,6 +213,8 @@ def run(trial: Trial, target: Path) -> Path:
     module = trial.module
     options = {**simplest(module.Options).resolved(), "check": "files"}
     chosen = [str(model) for model in models[: count_of(module.Method)]]
+    if (kind := getattr(module.Method, "SIDE", None)) is not None:
+        options["statistics"] = [str(path) for path in gathered(kind)[: len(chosen)]]
     with told(f"{trial.label} with its defaults does not merge {', '.join(chosen)}"), one_thread():
         run_merge(
             trial.entry.name,
