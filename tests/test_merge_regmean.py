@@ -138,7 +138,7 @@ def test_statistics_are_those_of_these_models_or_refused(tmp_path: Path) -> None
     grams = gathered("gram")
     with pytest.raises(UsageError, match="a file of statistics for each model: 2 given, for 3 models"):
         run(tmp_path, grams[:2])
-    with pytest.raises(MethodError, match="was made of model1, and is given for .*model0") as caught:
+    with pytest.raises(MethodError, match=r"was made of model1, and is given for .*model0") as caught:
         run(tmp_path, [grams[1], grams[0], grams[2]])
     assert str(caught.value).count("was made of") == 2
     assert "compress stats" in caught.value.hint

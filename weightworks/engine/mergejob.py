@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 import weightworks
+from weightworks.engine.earlier import STATE_FILE, STATE_PREFIX, Earlier, open_earlier
 from weightworks.engine.job import dense_config, environment, origin
 from weightworks.engine.side import Side, open_statistics
 from weightworks.errors import MethodError, NotFiniteError, UsageError, WeightworksError
@@ -31,8 +32,6 @@ from weightworks.store.tokenizerfile import SLOW, extended, extended_config
 from weightworks.store.vocabulary import Alignment, Reader
 from weightworks.store.writer import planned_bytes
 
-STATE_FILE = "merge_state.safetensors"
-STATE_PREFIX = "state."
 COSMETIC = {  # entries of a configuration that say nothing of what the weights mean
     "_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache", "bos_token_id",
     "eos_token_id", "pad_token_id", "vocab_size", "tie_word_embeddings", "quantization_config", "max_position_embeddings",
@@ -94,6 +93,7 @@ class MergeJob:
     left_out: dict[str, str] = field(init=False, default_factory=dict)  # input tensors that go nowhere, and why
     alignment: dict[str, Any] | None = field(init=False, default=None)  # what was moved before
     selection: dict[str, Any] | None = field(init=False, default=None)  # how the members were chosen
+    continued: Earlier | None = field(init=False, default=None)  # what it left
     statistics: tuple[Statistics, ...] = field(init=False, default=())  # of each model, where the method wants them
     skeleton: Any = field(init=False, default=None)  # of the written output, once it is there
     returns_tuple: int = field(init=False, default=0)
@@ -102,6 +102,7 @@ class MergeJob:
         self._check_inputs()
         self.members = tuple(range(len(self.models)))
         self._plan()
+        self.continued = open_earlier(self)
         self.statistics = open_statistics(self)
 
     def choose(self, members: Sequence[int]) -> None:
@@ -216,6 +217,8 @@ class MergeJob:
         if not having:
             return Part(spec, (), base, None)
         if lacking:
+            if getattr(self.method, "STATE", False):
+                problems.append(f"{name}: not in {', '.join(lacking)}; {self.label} has one scale for the whole model")
             if len(having) < self.method.LEAST:
                 names = ", ".join(self.models[number].name for number in having)
                 problems.append(f"{name}: only in {names}, and {self.label} takes at least {self.method.LEAST} models")

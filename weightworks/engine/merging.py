@@ -14,12 +14,11 @@ from typing import Any
 import torch
 
 from weightworks.engine.diagnosis import Diagnosis
+from weightworks.engine.earlier import STATE_PREFIX
 from weightworks.engine.machine import one_thread
-from weightworks.engine.mergejob import STATE_FILE, STATE_PREFIX, MergeJob, Part
+from weightworks.engine.mergejob import MergeJob, Part
 from weightworks.errors import MethodError, VerificationError
 from weightworks.stage.merging import STATE, Slab, Survey
-from weightworks.store.checkpoint import Checkpoint
-from weightworks.store.tensorfile import TensorInfo, read_bytes, read_header
 from weightworks.store.writer import CheckpointWriter
 
 JOURNAL_BYTES = 256 << 20  # of output between two journal entries: little is lost, the disk is not kept waiting
@@ -45,9 +44,6 @@ class Merging:
 
     def __init__(self, job: MergeJob, writer: CheckpointWriter, diagnosis: Diagnosis, fitted: Any = None) -> None:
         self.job, self.writer, self.diagnosis, self.fitted = job, writer, diagnosis, fitted
-        self.earlier: Mapping[str, TensorInfo] = {}
-        if job.earlier is not None:
-            self.earlier = earlier_state(job.earlier)
         self.merged = job.merged
 
     def run(self) -> list[dict[str, Any]]:
@@ -104,7 +100,7 @@ class Merging:
 
     def _survey(self, number: int, method: Any) -> Any:
         """What the whole-model surveys of ``method`` conclude."""
-        found = self._earlier_found() if number == 0 else None
+        found = self.job.continued.found if number == 0 and self.job.continued is not None else None
         found = self.fitted if found is None else found
         for place, survey in enumerate(surveys_of(method, "model")):
             step = f"survey {number}.{place}"
@@ -158,15 +154,6 @@ class Merging:
                     sums[key] = sums[key] + value.cpu() if key in sums else value.cpu()
         return sums
 
-    def _earlier_found(self) -> Any:
-        """What the merge that is continued had concluded."""
-        if self.job.earlier is None:
-            return None
-        from weightworks.store.manifest import read_provenance
-
-        provenance = read_provenance(self.job.earlier.root) or {}
-        return provenance.get("merge", {}).get("found")
-
     # Tensors.
 
     def _merge(self, part: Part, found: Any) -> None:
@@ -213,10 +200,8 @@ class Merging:
         name = STATE_PREFIX + part.spec.name
         if self.writer.holds(name):
             return self.writer.read_rows(name, start, stop).to(self.job.device)
-        info = self.earlier.get(name)
-        if info is None or self.job.earlier is None:
-            return None
-        return rows_of(self.job.earlier, info, start, stop).to(self.job.device)
+        kept = None if self.job.continued is None else self.job.continued.rows(part.spec.name, start, stop)
+        return None if kept is None else kept.to(self.job.device)
 
     def _row(self, part: Part) -> dict[str, Any]:
         """The report's line on one tensor."""
@@ -275,22 +260,3 @@ def slabs(
 def surveys_of(method: Any, scope: str) -> list[Survey]:
     """The surveys of a method that have ``scope``."""
     return [survey for survey in (method.surveys() if hasattr(method, "surveys") else ()) if survey.scope == scope]
-
-
-def earlier_state(checkpoint: Checkpoint) -> dict[str, TensorInfo]:
-    """The state that an earlier merge left beside its weights."""
-    path = checkpoint.root / STATE_FILE
-    if not path.is_file():
-        raise MethodError(
-            f"{checkpoint.root}: no {STATE_FILE}: this is no merge that can be continued",
-            hint="give the output folder of merge opcm, with all its files",
-        )
-    return read_header(path)
-
-
-def rows_of(checkpoint: Checkpoint, info: TensorInfo, start: int, stop: int) -> torch.Tensor:
-    """Rows of a tensor of a side file of ``checkpoint``."""
-    shape = info.shape or (1,)
-    row = info.nbytes // max(shape[0], 1)
-    empty = torch.empty((stop - start, *shape[1:]), dtype=info.dtype)
-    return read_bytes(checkpoint.root / info.shard, info.offset + start * row, empty)
