@@ -34,12 +34,12 @@ class Options(StatisticsOptions):
         1e-4,
         gt=0,
         le=1,
-        description="share of its mean diagonal added to each Gram matrix: where nothing was seen, the mean",
+        description="share of the mean diagonal added to the diagonal: where little was seen, the mean",
     )
 
 
 class Method:
-    """W = (sum_i w_i W_i G_i) (sum_i w_i G_i)^-1, W_i [out, in], G_i [in, in] damped and shrunk to its diagonal (equation 2)."""
+    """W = (sum_i w_i W_i G_i) (sum_i w_i G_i)^-1, W_i [out, in], G_i [in, in] shrunk to its diagonal (equation 2)."""
 
     BASE, LEAST, MOST, WHOLE, SIDE = "optional", 1, None, True, "gram"
 
@@ -67,12 +67,14 @@ class Method:
         moved = torch.zeros_like(centre)
         total: torch.Tensor | None = None  # [in, in]
         for weight, model, matrix in zip(weights, models, grams, strict=True):
-            gram = conditioned(matrix, self.options.off_diagonal, self.options.damping).mul_(weight)
+            gram = shrunk(matrix, self.options.off_diagonal).mul_(weight)
             moved.addmm_(model.double().sub_(centre), gram)
             total = gram if total is None else total.add_(gram)
         assert total is not None
         if not total.any():  # no token reached this layer in any model
             return centre
+        # The differences from the mean sum to zero, so the same damping for all is one of them towards the mean.
+        total.diagonal().add_(self.options.damping * float(total.diagonal().mean()))
         lower, failed = torch.linalg.cholesky_ex(total)
         if int(failed):
             raise MethodError(
@@ -90,10 +92,10 @@ def mean(models: Sequence[torch.Tensor], weights: Sequence[float]) -> torch.Tens
     return result
 
 
-def conditioned(gram: torch.Tensor, off_diagonal: float, damping: float) -> torch.Tensor:
-    """a G + (1 - a) diag(G) + d mean(diag(G)) I in float64, for ``gram`` [in, in]; the solution is damped towards the mean."""
+def shrunk(gram: torch.Tensor, off_diagonal: float) -> torch.Tensor:
+    """a G + (1 - a) diag(G) in float64, for ``gram`` [in, in] and a = ``off_diagonal``."""
     result = gram.double()
     diagonal = result.diagonal().clone()
     result.mul_(off_diagonal)
-    result.diagonal().copy_(diagonal + damping * diagonal.mean())
+    result.diagonal().copy_(diagonal)
     return result

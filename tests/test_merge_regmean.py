@@ -9,7 +9,7 @@ import pytest
 import torch
 from merges import method, model
 
-from merge.regmean import conditioned
+from merge.regmean import shrunk
 from weightworks.errors import MethodError, UsageError
 from weightworks.plan.merge import run_merge
 from weightworks.stage.settings import Settings
@@ -120,7 +120,7 @@ def test_weights_stored_by_inputs() -> None:
 
 def test_shrinking_to_the_diagonal() -> None:
     gram = torch.tensor([[4.0, 2.0], [2.0, 0.0]])
-    assert conditioned(gram, 0.5, 0.1).tolist() == [[4.2, 1.0], [1.0, 0.2]]
+    assert shrunk(gram, 0.5).tolist() == [[4.0, 1.0], [1.0, 0.0]]
 
 
 def run(tmp_path: Path, statistics: list[Path], **options: Any) -> Any:

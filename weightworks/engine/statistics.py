@@ -92,7 +92,7 @@ def gather_fisher(job: Job, writer: CheckpointWriter, tokens: torch.Tensor, *, l
         parameter = skeleton.get(name)
         sums[name] = torch.zeros_like(parameter, requires_grad=False)
         parameter.requires_grad_(True)
-        parameter.register_post_accumulate_grad_hook(_adder(sums[name]))  # type: ignore[attr-defined]
+        parameter.register_post_accumulate_grad_hook(_adder(sums[name]))
     job.progress.begin("window", tokens.shape[0], 0)
     for number in range(tokens.shape[0]):
         window = tokens[number : number + 1].to(job.device)

@@ -196,7 +196,7 @@ def gathered(kind: str) -> list[Path]:
         return [
             run_stats(
                 str(model),
-                StatisticsOptions(kind=kind),
+                StatisticsOptions.parse({"kind": kind}, where="stats"),
                 settings,
                 output=model.with_name(f"{model.name}.{kind}.safetensors"),
             ).target
