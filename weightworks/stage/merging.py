@@ -12,11 +12,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Protocol, Self
+from typing import Any, ClassVar, Literal, Protocol, Self
 
 import numpy
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from weightworks.options import Options
 
@@ -85,12 +85,16 @@ class WeightedOptions(MergeOptions):
 class StatisticsOptions(WeightedOptions):
     """Options of merges that read statistics of the models (``SIDE``)."""
 
-    weights: list[Annotated[float, Field(gt=0)]] = Field(
-        default=[], description="a weight for each model, such as 0.5,0.3,0.2; default: equal"
-    )
     statistics: list[str] = Field(
         default=[], description="a file of compress stats for each model, in their order; once for each file"
     )
+
+    @field_validator("weights")
+    @classmethod
+    def _positive(cls, weights: list[float]) -> list[float]:
+        if any(weight <= 0 for weight in weights):
+            raise ValueError("weights multiply importances, so each must be greater than 0")
+        return weights
 
     def files(self) -> list[Path]:
         """The files, for what depends on their content."""
