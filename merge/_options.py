@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal, Self
@@ -57,6 +58,19 @@ class SparseOptions(FormOptions):
     def spares(self, shape: Sequence[int]) -> bool:
         """Whether a tensor of ``shape`` is merged whole."""
         return self.vectors == "whole" and len(shape) == 1
+
+
+class MatrixOptions(MergeOptions):
+    """Options of merges that decompose matrices, and treat some of them as they do vectors."""
+
+    plain: list[str] = Field(
+        default=["*embed*", "*wte*", "*wpe*", "*lm_head*"],
+        description="matrices that are treated as vectors are: embeddings are no linear maps, heads are large; globs",
+    )
+
+    def decomposed(self, name: str, shape: tuple[int, ...]) -> bool:
+        """Whether the tensor ``name`` of ``shape`` is a matrix to be decomposed."""
+        return len(shape) == 2 and not any(fnmatch.fnmatchcase(name, pattern) for pattern in self.plain)
 
 
 def weights_of(options: MergeOptions, count: int) -> list[float]:

@@ -8,7 +8,6 @@ without the earlier ones (``--continue-from``). Order matters.
 
 from __future__ import annotations
 
-import fnmatch
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -16,13 +15,15 @@ from typing import Any
 import torch
 from pydantic import Field
 
-from weightworks.stage.merging import STATE, MergeOptions, Slab, Survey
+from merge._options import MatrixOptions
+from merge._spectra import significant
+from weightworks.stage.merging import STATE, Slab, Survey
 
 PAPER = "Tang et al. 2025, arXiv:2501.09522"
 VERSION = 1
 
 
-class Options(MergeOptions):
+class Options(MatrixOptions):
     """Options of OPCM."""
 
     alpha: float = Field(
@@ -31,10 +32,6 @@ class Options(MergeOptions):
     diagonal: bool = Field(
         True,
         description="remove the diagonal of the projection too; the released code of the paper means to and does not",
-    )
-    unprojected: list[str] = Field(
-        default=["*embed*", "*wte*", "*wpe*", "*lm_head*"],
-        description="matrices added as they are: embeddings are no linear layers, heads too large to decompose; globs",
     )
 
 
@@ -49,11 +46,7 @@ class Method:
 
     def surveys(self) -> list[Survey]:
         """S of every tensor, and the norms that the scale follows from."""
-        return [Survey(self._accumulate, self._scale, scope="model", whole=self._decomposed)]
-
-    def _decomposed(self, name: str, shape: tuple[int, ...]) -> bool:
-        """Whether a tensor is projected."""
-        return len(shape) == 2 and not any(fnmatch.fnmatchcase(name, pattern) for pattern in self.options.unprojected)
+        return [Survey(self._accumulate, self._scale, scope="model", whole=self.options.decomposed)]
 
     def _accumulate(self, slab: Slab, found: Any) -> Mapping[str, torch.Tensor]:
         """S after all models of this run, and squares of norms: of S, and of each task vector."""
@@ -61,7 +54,7 @@ class Method:
         for delta in slab.deltas:
             if total is None:
                 total = delta.clone()
-            elif self._decomposed(slab.name, slab.shape):
+            elif self.options.decomposed(slab.name, slab.shape):
                 total = total + projected(delta, total, alpha=self.options.alpha, diagonal=self.options.diagonal)
             else:
                 total = total + delta
@@ -94,9 +87,14 @@ def projected(delta: torch.Tensor, merged: torch.Tensor, *, alpha: float, diagon
 
     With merged = U diag(sigma) V' and P = U' delta V, P[:r, :r] is removed, r the first index whose singular values sum to more
     than ``alpha`` of all, and with ``diagonal`` the rest of P's diagonal. All else of the full P stays, so the thin
-    decomposition is enough: tau' = tau - U_r P_rr V_r' - sum_{i >= r} p_ii u_i v_i'.
+    decomposition is enough: tau' = tau - U_r P_rr V_r' - sum_{i >= r} p_ii u_i v_i', over i with sigma_i > 0: which vectors
+    stand at the others is arbitrary.
     """
     u, sigma, vt = torch.linalg.svd(merged, full_matrices=False)  # [m, k], [k], [k, n]
+    known = significant(sigma)
+    if known == 0:
+        return delta
+    u, sigma, vt = u[:, :known], sigma[:known], vt[:known]
     rank = protected(sigma, alpha)
     p = u.T @ delta @ vt.T  # [k, k]
     removed = torch.zeros_like(p)

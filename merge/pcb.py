@@ -10,7 +10,7 @@ kept, where the released code divides zero by zero.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -41,6 +41,13 @@ class Options(MergeOptions):
     scope: Literal["model", "tensor"] = Field(
         "model", description="order statistics of the whole model, or (not the paper's) of each tensor"
     )
+    vectors: Literal["whole", "sparse"] = Field(
+        "whole", description="norms and biases: averaged whole, or scored as matrices are, as the released scripts do"
+    )
+
+    def spares(self, shape: Sequence[int]) -> bool:
+        """Whether a tensor of ``shape`` is averaged."""
+        return self.vectors == "whole" and len(shape) == 1
 
 
 class Method:
@@ -58,14 +65,17 @@ class Method:
         return [*bounds, *surveys(self._scores, self._thresholds, signed=True, scope=scope)]
 
     def _magnitudes(self, slab: Slab, found: Any) -> Iterator[tuple[str, torch.Tensor]]:
-        for number, delta in enumerate(taken(slab)):
-            yield f"model {number}", delta
+        if not self.options.spares(slab.shape):
+            for number, delta in enumerate(taken(slab)):
+                yield f"model {number}", delta
 
     def _bounds(self, name: str, total: int) -> list[int]:
         clamp = self.options.clamp
-        return [min(int(total * clamp), total - 1), max(int(total * (1 - clamp) - 1), 0)]
+        return [min(int(total * clamp), total - 1), max(int(total * (1 - clamp) - 1), 0), total - 1]
 
     def _scores(self, slab: Slab, found: Any) -> Iterator[tuple[str, torch.Tensor]]:
+        if self.options.spares(slab.shape):
+            return
         deltas = taken(slab)
         for number, score in enumerate(scores(deltas, bounds_of(found, len(deltas)), inter=self.options.inter)):
             yield f"score {number}", score
@@ -76,9 +86,13 @@ class Method:
     def merge(self, slab: Slab, found: Any) -> torch.Tensor:
         assert slab.base is not None
         deltas = taken(slab)
+        scaling = self.options.each("scaling", len(deltas))
+        if self.options.spares(slab.shape):
+            for delta, factor in zip(deltas, scaling, strict=True):
+                slab.base.add_(delta, alpha=factor / len(deltas))
+            return slab.base
         bounds = bounds_of(found, len(deltas))
         total, divisor = torch.zeros_like(slab.base), torch.zeros_like(slab.base)
-        scaling = self.options.each("scaling", len(deltas))
         for number, score in enumerate(scores(deltas, bounds, inter=self.options.inter)):
             least, greatest = found[f"score {number}"]["values"]
             if not greatest > least:
@@ -92,13 +106,15 @@ class Method:
 
 
 def bounds_of(found: Any, count: int) -> list[tuple[float, float]]:
-    """The magnitudes that each task vector is clamped to."""
-    return [tuple(found[f"model {number}"]["values"]) for number in range(count)]
+    """The magnitudes that each task vector is clamped to; one so sparse that it would be emptied is not clamped."""
+    values = [found[f"model {number}"]["values"] for number in range(count)]
+    return [(low, high or greatest) for low, high, greatest in values]
 
 
 def scores(deltas: list[torch.Tensor], bounds: list[tuple[float, float]], *, inter: str) -> Iterator[torch.Tensor]:
-    """beta_i = exp(N n_i^2) g_i of each task vector [rows, ...], one after the other; ``deltas`` are left as they are.
+    """beta_i = exp(N (n_i^2 - 1)) g_i of each task vector [rows, ...], one after the other; ``deltas`` are left as they are.
 
+    The factor exp(-N) goes when scores are stretched, and keeps those of many models from overflowing.
     n_i in [0, 1] are magnitudes, clamped and stretched, s_i the same with their signs; g_i = sum_j tanh(s_i s_j) for
     ``pairwise``, tanh(tau_i sum_j tau_j) for ``raw``, tanh(tau_i sum_j s_j) for ``summed``.
     """
@@ -108,7 +124,7 @@ def scores(deltas: list[torch.Tensor], bounds: list[tuple[float, float]], *, int
     for delta, own in zip(deltas, signed, strict=True):
         pairs = [own * other for other in signed] if common is None else [delta * common]
         between = added([pair.tanh_() for pair in pairs])
-        yield own.square().mul_(count).exp_().mul_(between)
+        yield own.square().sub_(1).mul_(count).exp_().mul_(between)
 
 
 def normalized(delta: torch.Tensor, low: float, high: float) -> torch.Tensor:

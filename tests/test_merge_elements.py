@@ -163,6 +163,23 @@ def test_iso_makes_singular_values_equal() -> None:
     assert torch.allclose(apart, (sigma - sigma.mean()).abs().sort(descending=True).values, atol=1e-4)
 
 
+def test_tsv_of_copies_keeps_their_leading_directions() -> None:
+    """Directions that depend on each other have no other polar factor to fall into."""
+    task = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
+    found = merge_("tsv", [{"w": task}] * 2, {"w": torch.zeros(6, 4)})["w"]
+    u, sigma, vt = torch.linalg.svd(task, full_matrices=False)
+    assert torch.allclose(found, (u[:, :2] * sigma[:2]) @ vt[:2], atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["iso", "tsv"])
+def test_embeddings_are_averaged(name: str) -> None:
+    base = model(0)
+    tasks = [model(number, like=base, scale=0.1) for number in (1, 2)]
+    mean = (tasks[0]["embed.weight"] + tasks[1]["embed.weight"]) / 2
+    assert torch.allclose(merge_(name, tasks, base)["embed.weight"], mean, atol=1e-6)
+    assert not torch.allclose(merge_(name, tasks, base, plain=["none"])["embed.weight"], mean, atol=1e-3)
+
+
 def test_tsv_of_one_task_is_the_task_and_of_orthogonal_ones_their_sum() -> None:
     generator = torch.Generator().manual_seed(0)
     task = {"w": torch.randn(6, 4, generator=generator)}

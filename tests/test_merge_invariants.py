@@ -66,7 +66,7 @@ NOT_COVARIANT = {
     "ram": "epsilon is an absolute change",
 }
 RANDOM = {"dare", "della"}  # whose draws go by the names of tensors
-BY_NAME = {"opcm": "embeddings are told by their names"}
+BY_NAME = dict.fromkeys(("iso", "opcm", "tsv"), "embeddings are told by their names")
 
 
 def unpacked(values: numpy.ndarray[Any, Any]) -> Tensors:

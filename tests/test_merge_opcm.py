@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from conftest import CheckpointMaker
 from merges import golden_file, method, model
 from merges import merge as merge_
 
 import merge.opcm
 from merge.opcm import projected, protected
+from weightworks.errors import MethodError
 from weightworks.plan.merge import run_merge
 from weightworks.stage.settings import Settings
 from weightworks.store.sources import file_digest
 from weightworks.testing.merge_contract import small_models
 from weightworks.testing.merging import merged
 
-LINEAR = {"unprojected": ["emb*"]}
+LINEAR = {"plain": ["emb*"]}
 
 
 @pytest.mark.parametrize(("code", "diagonal"), [("fusion_bench", True), ("author_opcm", False)])
@@ -98,6 +101,58 @@ def test_a_later_model_is_added_without_the_earlier_ones(tmp_path: Path) -> None
     added = run(tmp_path, "added", models[2:], earlier=first)
     for name in ("model.safetensors", "merge_state.safetensors"):
         assert file_digest(added / name) == file_digest(whole / name)
+
+
+def refused(tmp_path: Path, first: Path, **given: Any) -> str:
+    """What is said when ``first`` is continued in another way than it was begun."""
+    _, *models = small_models()
+    options = {"check": "files", **given.pop("options", {})}
+    base = given.pop("base", str(small_models()[0]))
+    with pytest.raises(MethodError) as caught:
+        run_merge(
+            given.pop("name", "opcm"),
+            [str(models[2])],
+            options,
+            Settings(device="cpu"),  # type: ignore[call-arg]
+            base=base,
+            earlier=str(first),
+            output_dir=tmp_path / "refused",
+            dry_run=True,
+        )
+    return str(caught.value)
+
+
+def test_a_merge_is_continued_only_as_it_was_begun(tmp_path: Path) -> None:
+    base, *models = small_models()
+    first = run(tmp_path, "first", models[:2])
+    assert "alpha is 0.5 there, 0.8 here" in refused(tmp_path, first, options={"alpha": 0.8})
+    assert "its base is another one" in refused(tmp_path, first, base=str(models[0]))
+    assert "no provenance.json: this is no merge" in refused(tmp_path, base)
+    soup = tmp_path / "soup"
+    run_merge("soup", [str(models[0])], {"check": "files"}, Settings(device="cpu"), output_dir=soup)  # type: ignore[call-arg]
+    assert "no merge_state.safetensors" in refused(tmp_path, soup)
+
+
+def test_directions_of_no_length_are_left_alone() -> None:
+    """A merge of low rank: which vectors complete its decomposition is arbitrary, and must not matter."""
+    generator = torch.Generator().manual_seed(0)
+    low = torch.randn(12, 2, generator=generator) @ torch.randn(2, 8, generator=generator)
+    delta = torch.randn(12, 8, generator=generator)
+    found = projected(delta, low, alpha=0.0, diagonal=True)
+    u, _, vt = torch.linalg.svd(low.double(), full_matrices=False)
+    expected = delta.double()
+    for k in range(2):
+        expected -= (u[:, k] @ delta.double() @ vt[k]) * torch.outer(u[:, k], vt[k])
+    assert torch.allclose(found.double(), expected, atol=1e-5)
+    assert torch.equal(projected(delta, torch.zeros(12, 8), alpha=0.5, diagonal=True), delta)
+
+
+def test_one_scale_needs_every_tensor_of_every_model(make_checkpoint: CheckpointMaker) -> None:
+    both, one = {"a": torch.ones(4, 4), "b": torch.ones(4, 4)}, {"a": torch.ones(4, 4)}
+    models = [str(make_checkpoint(both, name="one")), str(make_checkpoint(one, name="two"))]
+    base = str(make_checkpoint(both, name="base"))
+    with pytest.raises(MethodError, match=r"b: not in .*two; merge.opcm has one scale for the whole model"):
+        run_merge("opcm", models, {"on_missing": "skip-model"}, Settings(), base=base, dry_run=True)  # type: ignore[call-arg]
 
 
 def test_it_is_the_method_of_the_shelf() -> None:
