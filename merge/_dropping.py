@@ -49,9 +49,9 @@ def restored(deltas: Sequence[torch.Tensor], found: Mapping[str, list[float]]) -
     return deltas
 
 
-def dropped_alike(slab: Slab, density: float) -> list[torch.Tensor]:
-    """Task vectors of which each element survives with probability ``density``; uses up the models."""
+def dropped_alike(slab: Slab, options: DropOptions) -> list[torch.Tensor]:
+    """Task vectors of which each element survives with the probability of its model; uses up the models."""
     deltas = taken(slab)
     for number, delta in enumerate(deltas):
-        delta.mul_(slab.uniform(number).lt_(density))
+        delta.mul_(slab.uniform(number).lt_(options.density_of(number)))
     return deltas

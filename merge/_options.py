@@ -7,9 +7,10 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from weightworks.errors import MethodError
+from weightworks.stage.mergekit import Mergekit
 from weightworks.stage.merging import MergeOptions, WeightedOptions
 
 CANCELLED = 1e-6  # weights whose sum is smaller than this share of them stand for no average
@@ -43,8 +44,14 @@ class FormOptions(SumOptions):
 
 
 class SparseOptions(FormOptions):
-    """Options of merges that first make the task vectors sparse, and may then let the models vote on signs."""
+    """Options of merges that first make the task vectors sparse, and may then let the models vote on signs.
 
+    The share that is kept is the option ``density`` of each of them.
+    """
+
+    PER_MODEL: ClassVar[tuple[str, ...]] = ("weights", "densities")
+
+    densities: list[float] = Field(default=[], description="a density for each model, in place of one for all")
     scaling: float = Field(1.0, description="lambda: what the merged task vector is multiplied by")
     vectors: Literal["whole", "sparse"] = Field(
         "whole", description="norms and biases: whole, or made sparse as matrices are; mergekit: sparse"
@@ -54,6 +61,24 @@ class SparseOptions(FormOptions):
         description="keep of each weight only what agrees with the elected sign: plain elects the sign of the sum, "
         "weighted (mergekit) of the weighted sum, none keeps all",
     )
+
+    @field_validator("densities")
+    @classmethod
+    def _shares(cls, densities: list[float]) -> list[float]:
+        if not all(0 < density <= 1 for density in densities):
+            raise ValueError("each density must be greater than 0 and at most 1")
+        return densities
+
+    def density_of(self, model: int) -> float:
+        """The density of the task vector of one model."""
+        if not self.densities:
+            return float(self.density)  # type: ignore[attr-defined]  # each method declares its own, with its default
+        return self.densities[model if len(self.densities) > 1 else 0]
+
+    @property
+    def dense(self) -> bool:
+        """Whether all task vectors stay as they are."""
+        return all(self.density_of(model) == 1 for model in range(max(len(self.densities), 1)))
 
     def spares(self, shape: Sequence[int]) -> bool:
         """Whether a tensor of ``shape`` is merged whole."""
@@ -71,6 +96,30 @@ class MatrixOptions(MergeOptions):
     def decomposed(self, name: str, shape: tuple[int, ...]) -> bool:
         """Whether the tensor ``name`` of ``shape`` is a matrix to be decomposed."""
         return len(shape) == 2 and not any(fnmatch.fnmatchcase(name, pattern) for pattern in self.plain)
+
+
+def sparse(rescale: str | None = None, each: Mapping[str, str] | None = None, **options: Any) -> Mergekit:
+    """A method of what mergekit calls generalized task arithmetic, by ``options`` of ours.
+
+    ``rescale`` is ours for its ``rescale: true``, None if that is not supported; ``each`` are more parameters of each model.
+    """
+    return Mergekit(
+        {"normalize": "normalize", "lambda": "scaling", "int8_mask": None, "rescale": "rescale" if rescale else None},
+        {"weight": "weights", "density": "densities", **(each or {})},
+        values={"rescale": {False: "none", True: rescale} if rescale else {False: None}},
+        needed=("weight",),
+        options=options,
+    )
+
+
+def called(model: int) -> str:
+    """What surveys call the figures of one model."""
+    return f"model {model}"
+
+
+def number_of(name: str) -> int:
+    """The model that is :func:`called` so."""
+    return int(name.removeprefix("model "))
 
 
 def weights_of(options: MergeOptions, count: int) -> list[float]:

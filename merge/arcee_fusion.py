@@ -16,10 +16,16 @@ import torch
 from pydantic import Field
 
 from merge._quantiles import surveys
+from weightworks.stage.mergekit import Mergekit
 from weightworks.stage.merging import MergeOptions, Slab, Survey
 
 PAPER = "Arcee AI 2025; from the documentation of mergekit 0.1.5, arcee_fusion"
 VERSION = 1
+MERGEKIT = {
+    "arcee_fusion": Mergekit(
+        differs="quartiles are of all elements; mergekit draws a million at random, so that two of its runs differ"
+    )
+}
 PIECE = 1 << 16  # elements that are converted to float64 at a time
 
 

@@ -13,12 +13,16 @@ import torch
 from pydantic import Field
 
 from merge._consensus import fuse, taken, trim
-from merge._options import SparseOptions, weights_of
+from merge._options import SparseOptions, called, number_of, sparse, weights_of
 from merge._quantiles import surveys
 from weightworks.stage.merging import Slab, Survey
 
 PAPER = "Davari and Belilovsky 2023, arXiv:2312.06795"
 VERSION = 1
+MERGEKIT = {
+    "breadcrumbs": sparse(None, {"gamma": "gamma"}, form="mergekit", election="none"),
+    "breadcrumbs_ties": sparse(None, {"gamma": "gamma"}, form="mergekit", election="weighted"),
+}
 
 
 class Options(SparseOptions):
@@ -57,10 +61,10 @@ class Method:
     def _compared(self, slab: Slab, found: Any) -> Iterator[tuple[str, torch.Tensor]]:
         if not self.options.spares(slab.shape):
             for number, delta in enumerate(taken(slab)):
-                yield f"model {number}", delta
+                yield called(number), delta
 
     def _ranks(self, name: str, total: int) -> list[int]:
-        kept = max(int(total * self.options.density), 1)
+        kept = max(int(total * self.options.density_of(number_of(name))), 1)
         top = min(int(total * self.options.gamma), total - kept)
         return [total - kept - top, total - top - 1]
 
@@ -69,7 +73,7 @@ class Method:
         assert slab.base is not None
         if not options.spares(slab.shape):
             for number, delta in enumerate(deltas):
-                least, greatest = found[f"model {number}"]["values"]
+                least, greatest = found[called(number)]["values"]
                 trim(delta, least).sub_(torch.hardshrink(delta, greatest))
         weights = weights_of(options, len(slab.models))
         merged = fuse(deltas, weights, election=options.election, normalize=options.normalize)

@@ -15,11 +15,15 @@ from pydantic import Field
 
 from merge._consensus import fuse, taken
 from merge._dropping import DropOptions, dropped_alike, restored, sums_of_magnitudes
-from merge._options import weights_of
+from merge._options import sparse, weights_of
 from weightworks.stage.merging import Slab, Survey
 
 PAPER = "Yu et al. 2023, arXiv:2311.03099"
 VERSION = 1
+MERGEKIT = {
+    "dare_linear": sparse("l1", form="mergekit", election="none"),
+    "dare_ties": sparse("l1", form="mergekit", election="weighted"),
+}
 
 
 class Options(DropOptions):
@@ -45,20 +49,24 @@ class Method:
 
     def surveys(self) -> list[Survey]:
         """The sums of magnitudes, if they are to be kept."""
-        return [sums_of_magnitudes(self._dropped)] if self.options.rescale == "l1" and self.options.density < 1 else []
+        return [sums_of_magnitudes(self._dropped)] if self.options.rescale == "l1" and not self.options.dense else []
 
     def _dropped(self, slab: Slab) -> Sequence[torch.Tensor]:
-        return taken(slab) if self.options.spares(slab.shape) else dropped_alike(slab, self.options.density)
+        return taken(slab) if self.options.spares(slab.shape) else dropped_alike(slab, self.options)
 
     def merge(self, slab: Slab, found: Any) -> torch.Tensor:
         options = self.options
         assert slab.base is not None
-        deltas = taken(slab) if options.density == 1 else self._dropped(slab)
+        deltas = taken(slab) if options.dense else self._dropped(slab)
         weights = weights_of(options, len(slab.models))
         scaling = options.scaling
         if found is not None:
             restored(deltas, found)
         elif options.rescale == "inverse" and not options.spares(slab.shape):
-            scaling /= options.density
+            if options.densities:
+                for number, delta in enumerate(deltas):
+                    delta.div_(options.density_of(number))
+            else:
+                scaling /= options.density
         merged = fuse(deltas, weights, election=options.election, normalize=options.normalize)
         return slab.base.add_(merged, alpha=scaling)

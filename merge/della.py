@@ -16,11 +16,15 @@ from pydantic import Field, model_validator
 
 from merge._consensus import fuse, taken
 from merge._dropping import DropOptions, restored, sums_of_magnitudes
-from merge._options import weights_of
+from merge._options import sparse, weights_of
 from weightworks.stage.merging import Slab, Survey
 
 PAPER = "Deep et al. 2024, arXiv:2406.11617"
 VERSION = 1
+MERGEKIT = {
+    "della": sparse("l1", {"epsilon": "epsilon"}, form="mergekit"),
+    "della_linear": sparse("l1", {"epsilon": "epsilon"}, form="mergekit", election="none", normalize=False),
+}
 
 
 class Options(DropOptions):
@@ -46,9 +50,10 @@ class Options(DropOptions):
 
     @model_validator(mode="after")
     def _probabilities(self) -> Self:
-        least, most = self.density - self.epsilon, self.density + self.epsilon
-        if self.density < 1 and (least <= 0 or most > 1):
-            raise ValueError(f"density +- epsilon is {least:g} to {most:g}, which must be probabilities above 0")
+        for density in self.densities or [self.density]:
+            least, most = density - self.epsilon, density + self.epsilon
+            if density < 1 and (least <= 0 or most > 1):
+                raise ValueError(f"density +- epsilon is {least:g} to {most:g}, which must be probabilities above 0")
         return self
 
 
@@ -62,14 +67,16 @@ class Method:
 
     def surveys(self) -> list[Survey]:
         """The sums of magnitudes, if they are to be kept."""
-        return [sums_of_magnitudes(self._dropped)] if self.options.rescale == "l1" and self.options.density < 1 else []
+        return [sums_of_magnitudes(self._dropped)] if self.options.rescale == "l1" and not self.options.dense else []
 
     def _dropped(self, slab: Slab) -> Sequence[torch.Tensor]:
         options, deltas = self.options, taken(slab)
         if options.spares(slab.shape):
             return deltas
         for number, delta in enumerate(deltas):
-            chance = probabilities(delta, options.density, options.epsilon)
+            if (density := options.density_of(number)) == 1:
+                continue
+            chance = probabilities(delta, density, options.epsilon)
             kept = slab.uniform(number).lt(chance)
             delta.mul_(kept)
             if options.rescale == "inverse":
@@ -79,7 +86,7 @@ class Method:
     def merge(self, slab: Slab, found: Any) -> torch.Tensor:
         options = self.options
         assert slab.base is not None
-        deltas = taken(slab) if options.density == 1 else self._dropped(slab)
+        deltas = taken(slab) if options.dense else self._dropped(slab)
         if found is not None:
             restored(deltas, found)
         weights = weights_of(options, len(slab.models))

@@ -14,10 +14,14 @@ from pydantic import Field
 
 from merge._directions import OPPOSED, along, combined, cosines, survey
 from merge._options import SumOptions, shares_of
+from weightworks.stage.mergekit import Mergekit
 from weightworks.stage.merging import Slab, Survey
 
 PAPER = "Karcher 1977, doi:10.1002/cpa.3160300502; as a merge: mergekit 0.1.5"
 VERSION = 1
+MERGEKIT = {
+    "karcher": Mergekit({"max_iter": "max_iter", "tol": "tol"}, options={"max_iter": 10, "tol": 1e-5}, base="model")
+}
 
 
 class Options(SumOptions):

@@ -13,10 +13,18 @@ import torch
 from pydantic import Field
 
 from merge._directions import combined, combined_by_row, cosines, survey
+from weightworks.stage.mergekit import Mergekit
 from weightworks.stage.merging import MergeOptions, Slab, Survey
 
 PAPER = "Jang et al. 2024, arXiv:2403.19522"
 VERSION = 1
+MERGEKIT = {
+    "model_stock": Mergekit(
+        {"filter_wise": "filter_wise"},
+        differs="lengths of task vectors have no lower limit: mergekit clamps products of them at 1e-6, so that small tensors "
+        "get another share; where task vectors all but cancel the base stays",
+    )
+}
 POLE = 0.5  # 1 + (N - 1) c below which two models cancel by half, and the result would be farther out than they are
 
 

@@ -13,10 +13,16 @@ import torch
 
 from merge._directions import along, combined, survey
 from merge._options import SumOptions, shares_of
+from weightworks.stage.mergekit import Mergekit
 from weightworks.stage.merging import Slab, Survey
 
 PAPER = "mergekit 0.1.5, multislerp; from its documentation"
 VERSION = 1
+MERGEKIT = {
+    "multislerp": Mergekit(
+        {"normalize_weights": "normalize", "eps": None}, {"weight": "weights"}, needed=("weight",), base="optional"
+    )
+}
 
 
 class Options(SumOptions):

@@ -11,10 +11,12 @@ from typing import Any
 import torch
 from pydantic import Field
 
+from weightworks.stage.mergekit import Mergekit
 from weightworks.stage.merging import MergeOptions, Slab
 
 PAPER = "alchemonaut 2024 (QuartetAnemoi model card); as a merge: mergekit"
 VERSION = 1
+MERGEKIT = {"nearswap": Mergekit({"t": "t"}, needed=("t",))}
 
 
 class Options(MergeOptions):

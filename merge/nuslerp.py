@@ -13,10 +13,29 @@ from pydantic import Field
 
 from merge._directions import arc, combined, combined_by_row, survey
 from merge._options import SumOptions, shares_of
+from weightworks.stage.mergekit import Mergekit
 from weightworks.stage.merging import Slab, Survey
 
 PAPER = "Shoemake 1985, doi:10.1145/325165.325242; as a merge: mergekit 0.1.5"
 VERSION = 1
+MERGEKIT = {
+    "nuslerp": Mergekit(
+        {"nuslerp_flatten": "row_wise", "nuslerp_row_wise": "row_wise"},
+        {"weight": "weights"},
+        convert=lambda given: {"row_wise": by_row(**given)},
+        needed=("weight",),
+        base="optional",
+    )
+}
+
+
+def by_row(nuslerp_flatten: bool = True, nuslerp_row_wise: bool = False) -> bool:
+    """Whether rows are vectors of their own, as mergekit's two parameters say; that columns are is not supported."""
+    if not nuslerp_flatten and not nuslerp_row_wise:
+        raise ValueError(
+            "columns as vectors of their own are not supported; set nuslerp_row_wise: true, or leave both out"
+        )
+    return not nuslerp_flatten
 
 
 class Options(SumOptions):

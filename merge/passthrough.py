@@ -7,10 +7,12 @@ from typing import Any
 import torch
 from pydantic import Field
 
+from weightworks.stage.mergekit import Mergekit
 from weightworks.stage.merging import MergeOptions, Slab
 
 PAPER = "mergekit (Goddard et al. 2024, arXiv:2403.13257), passthrough"
 VERSION = 1
+MERGEKIT = {"passthrough": Mergekit(each={"scale": "scale"}, base="model")}
 
 
 class Options(MergeOptions):

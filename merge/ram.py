@@ -14,10 +14,17 @@ import torch
 from pydantic import Field
 
 from merge._consensus import taken
+from weightworks.stage.mergekit import Mergekit
 from weightworks.stage.merging import MergeOptions, Slab, Survey
 
 PAPER = "Yuan et al. 2026, arXiv:2601.13572"
 VERSION = 1
+MERGEKIT = {
+    "ram": Mergekit({"epsilon": "epsilon"}),
+    "ramplus_tl": Mergekit(
+        {"epsilon": "epsilon", "r": "rate", "alpha": "limit"}, options={"plus": True, "scope": "tensor"}
+    ),
+}
 
 
 class Options(MergeOptions):

@@ -17,10 +17,18 @@ from pydantic import Field
 
 from merge._consensus import fuse, taken
 from merge._quantiles import surveys
+from weightworks.stage.mergekit import Mergekit
 from weightworks.stage.merging import MergeOptions, Slab, Survey
 
 PAPER = "Wan et al. 2024 (FuseChat), arXiv:2408.07990"
 VERSION = 1
+MERGEKIT = {
+    "sce": Mergekit(
+        {"select_topk": "select", "int8_mask": None},
+        differs="coefficients are those of the formula however small the changes are; mergekit makes them equal where the mean "
+        "squares of all task vectors sum to less than 1e-6, as those of many fine-tunes do",
+    )
+}
 
 
 class Options(MergeOptions):

@@ -12,10 +12,12 @@ import torch
 from pydantic import Field
 
 from merge._directions import NEARLY, arc, combined, survey
+from weightworks.stage.mergekit import Mergekit
 from weightworks.stage.merging import MergeOptions, Slab, Survey
 
 PAPER = "Shoemake 1985, doi:10.1145/325165.325242"
 VERSION = 1
+MERGEKIT = {"slerp": Mergekit({"t": "t"}, needed=("t",), base="first")}
 
 
 class Options(MergeOptions):

@@ -13,10 +13,12 @@ from pydantic import Field, model_validator
 from merge._greedy import choose
 from merge._learned import fit
 from merge._options import SumOptions, shares_of
+from weightworks.stage.mergekit import Mergekit
 from weightworks.stage.merging import Bench, Fit, HeldOut, Slab
 
 PAPER = "Wortsman et al. 2022, arXiv:2203.05482"
 VERSION = 1
+MERGEKIT = {"linear": Mergekit({"normalize": "normalize"}, {"weight": "weights"}, needed=("weight",), base="model")}
 
 
 class Options(SumOptions):

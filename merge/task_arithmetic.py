@@ -9,10 +9,19 @@ from pydantic import Field
 
 from merge._consensus import taken
 from merge._options import SumOptions, shares_of
+from weightworks.stage.mergekit import Mergekit
 from weightworks.stage.merging import Slab
 
 PAPER = "Ilharco et al. 2022, arXiv:2212.04089"
 VERSION = 1
+MERGEKIT = {
+    "task_arithmetic": Mergekit(
+        {"normalize": "normalize", "lambda": "scaling", "int8_mask": None, "rescale": None},
+        {"weight": "weights", "density": None},
+        needed=("weight",),
+        options={"scaling": 1.0},
+    )
+}
 
 
 class Options(SumOptions):

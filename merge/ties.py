@@ -15,12 +15,13 @@ import torch
 from pydantic import Field
 
 from merge._consensus import elected, fuse, taken, trim
-from merge._options import SparseOptions, weights_of
+from merge._options import SparseOptions, called, number_of, sparse, weights_of
 from merge._quantiles import surveys
 from weightworks.stage.merging import Slab, Survey
 
 PAPER = "Yadav et al. 2023, arXiv:2306.01708"
 VERSION = 1
+MERGEKIT = {"ties": sparse(form="mergekit")}
 
 
 class Options(SparseOptions):
@@ -47,7 +48,7 @@ class Method:
     def surveys(self) -> list[Survey]:
         """The thresholds, then the sign of the majority of the model, which decides where the sum is zero."""
         found: list[Survey] = []
-        if self.options.density < 1:
+        if not self.options.dense:
             found += surveys(self._compared, self._ranks, scope=self.options.scope)
         if self.options.election == "plain":
             found.append(Survey(self._signs, _majority, scope=self.options.scope))
@@ -56,19 +57,19 @@ class Method:
     def _compared(self, slab: Slab, found: Any) -> Iterator[tuple[str, torch.Tensor]]:
         if not self.options.spares(slab.shape):
             for number, delta in enumerate(taken(slab)):
-                yield f"model {number}", delta
+                yield called(number), delta
 
     def _ranks(self, name: str, total: int) -> list[int]:
         """The authors' code keeps all from rank d - int(d K) of 1 to d on, one more than the share; mergekit does not."""
-        kept = int(total * self.options.density)
+        kept = int(total * self.options.density_of(number_of(name)))
         kept = kept + 1 if self.options.scope == "model" else max(kept, 1)
         return [max(total - kept, 0)]
 
     def _trimmed(self, slab: Slab, found: Any) -> list[torch.Tensor]:
         deltas = taken(slab)
-        if self.options.density < 1 and not self.options.spares(slab.shape):
+        if not self.options.dense and not self.options.spares(slab.shape):
             for number, delta in enumerate(deltas):
-                trim(delta, found[f"model {number}"]["values"][0])
+                trim(delta, found[called(number)]["values"][0])
         return deltas
 
     def _signs(self, slab: Slab, found: Any) -> Mapping[str, torch.Tensor]:
