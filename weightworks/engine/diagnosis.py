@@ -16,7 +16,8 @@ from typing import Any
 import torch
 
 from weightworks.engine.machine import one_thread
-from weightworks.engine.mergejob import MergeJob, Part
+from weightworks.engine.mergejob import MergeJob
+from weightworks.engine.mergeplan import Part
 
 SAMPLE = 1 << 17  # elements of a tensor that are looked at
 STRETCHES = 4  # places of a tensor they come from
@@ -89,7 +90,7 @@ class Diagnosis:
 def diagnose(job: MergeJob) -> Diagnosis:
     """Look at every tensor that will be merged; of models without a base, deltas are from their mean."""
     with one_thread():  # a sample is too little to be divided
-        complete = [part for part in job.merged if len(part.models) == len(job.members)]
+        complete = [part for part in job.merged if tuple(number for number, _ in part.models) == job.members]
         return Diagnosis({part.spec.name: look(job, part) for part in complete})
 
 

@@ -5,7 +5,7 @@ Everything that can be refused is refused here, from headers alone, all offendin
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -16,8 +16,9 @@ import torch
 import weightworks
 from weightworks.engine.earlier import STATE_FILE, STATE_PREFIX, Earlier, open_earlier
 from weightworks.engine.job import dense_config, environment, origin
+from weightworks.engine.mergeplan import Layout, OneMethod, Part, Planner
 from weightworks.engine.side import Side, open_statistics
-from weightworks.errors import MethodError, NotFiniteError, UsageError, WeightworksError
+from weightworks.errors import MethodError, NotFiniteError, WeightworksError
 from weightworks.report.card import merge_card
 from weightworks.report.progress import Progress
 from weightworks.stage.merging import is_whole
@@ -60,19 +61,6 @@ class Input:
         return {spec.name: spec for spec in self.reader.specs}
 
 
-@dataclass(frozen=True)
-class Part:
-    """A tensor of the output. ``models`` are (number of the input, its tensor) in argument order, ``base`` the base's tensor.
-
-    ``method`` makes it; None: it is copied from the base, or the first of ``models``, byte for byte.
-    """
-
-    spec: TensorSpec
-    models: tuple[tuple[int, str], ...]
-    base: str | None
-    method: Any | None
-
-
 @dataclass
 class MergeJob:
     """A merge planned but not run. ``label`` is ``merge.ties``; ``earlier`` is a finished merge that is to be continued."""
@@ -88,9 +76,9 @@ class MergeJob:
     device: torch.device
     earlier: Checkpoint | None = None
     vocabulary: Alignment | None = None  # how rows were matched, where vocabularies differ
+    planner: Planner | None = None  # what decides about parts; None: all by the one method
     members: tuple[int, ...] = field(init=False)  # those of the models that are merged
-    parts: list[Part] = field(init=False, default_factory=list)
-    left_out: dict[str, str] = field(init=False, default_factory=dict)  # input tensors that go nowhere, and why
+    layout: Layout = field(init=False)
     alignment: dict[str, Any] | None = field(init=False, default=None)  # what was moved before
     selection: dict[str, Any] | None = field(init=False, default=None)  # how the members were chosen
     continued: Earlier | None = field(init=False, default=None)  # what it left
@@ -99,18 +87,18 @@ class MergeJob:
     returns_tuple: int = field(init=False, default=0)
 
     def __post_init__(self) -> None:
-        self._check_inputs()
+        self._check_architectures()
+        self.planner = self.planner or OneMethod(self.method)
         self.members = tuple(range(len(self.models)))
-        self._plan()
+        self.layout = self.planner.layout(self)
         self.continued = open_earlier(self)
         self.statistics = open_statistics(self)
 
     def choose(self, members: Sequence[int]) -> None:
         """Merge ``members`` alone, numbers among the models. The output's tensors stay the same."""
+        assert self.planner is not None
         self.members = tuple(members)
-        self.parts.clear()
-        self.left_out.clear()
-        self._plan()
+        self.layout = self.planner.layout(self)
 
     @cached_property
     def keys(self) -> tuple[str, ...]:
@@ -140,25 +128,8 @@ class MergeJob:
         """All inputs, the base first."""
         return [*([self.base] if self.base else []), *self.models]
 
-    def _check_inputs(self) -> None:
-        """As many models as the method takes, a base where it needs one, all of one architecture."""
-        method, count, problems = self.method, len(self.models), self.options.lengths(len(self.models))
-        most = method.MOST
-        if count < method.LEAST or (most is not None and count > most):
-            wanted = f"exactly {most}" if most == method.LEAST else f"at least {method.LEAST}"
-            wanted += f" and at most {most}" if most not in (None, method.LEAST) else ""
-            problems.append(f"takes {wanted} models, {count} given")
-        if method.BASE == "required" and self.base is None:
-            problems.append("needs a base: --base MODEL, the checkpoint the models were fine-tuned from")
-        if method.BASE == "refused" and self.base is not None:
-            problems.append("takes no base")
-        if self.options.on_missing == "base" and self.base is None:
-            problems.append("on-missing base needs a base")
-        if self.earlier is not None and not getattr(method, "CONTINUES", False):
-            problems.append("cannot be continued; opcm can")
-        if problems:
-            name = self.label.partition(".")[2]
-            raise UsageError("; ".join(f"{self.label} {text}" for text in problems), hint=f"see: merge {name} --help")
+    def _check_architectures(self) -> None:
+        """All inputs are of one architecture."""
         kinds = {item.name: item.checkpoint.config.get("model_type") for item in self.inputs}
         if len(set(kinds.values())) > 1:
             raise MethodError(
@@ -174,69 +145,14 @@ class MergeJob:
         return [
             f"{item.name}: {key} is {item.checkpoint.config.get(key)!r}, in {name} {known.get(key)!r}"
             for item in self.inputs
-            for key in sorted({*known, *item.checkpoint.config} - COSMETIC)
+            for key in sorted({*known, *item.checkpoint.config} - COSMETIC - {*self.layout.config})
             if known.get(key) != item.checkpoint.config.get(key)
         ]
 
-    def _plan(self) -> None:
-        """What every tensor of the output is made of; all that does not fit is told at once."""
-        problems: list[str] = []
-        alone = type(self.method)(self.options.only(self.members, len(self.models)))
-        method = self.method if len(self.members) == len(self.models) else alone
-        for name, spec in sorted(self.reference.tensors.items()):
-            part = self._part(name, spec, method, problems)
-            if part is not None:
-                self.parts.append(part)
-        problems += self._extra()
-        if problems:
-            shown = "\n".join(f"  {text}" for text in problems[:40])
-            more = f"\n  and {len(problems) - 40} more" if len(problems) > 40 else ""
-            raise MethodError(
-                f"{self.label} cannot merge these models: {len(problems)} tensors do not fit:\n{shown}{more}",
-                hint="merge models of one shape; for tensors that some lack, --on-missing base or skip-model",
-            )
-
-    def _part(self, name: str, spec: TensorSpec, method: Any, problems: list[str]) -> Part | None:
-        having = [number for number in self.members if name in self.models[number].tensors]
-        lacking = [self.models[number].name for number in self.members if number not in having]
-        policy = self.options.on_missing
-        if lacking and policy == "error":
-            problems.append(f"{name}: not in {', '.join(lacking)}")
-            return None
-        for number in having:
-            seen = self.models[number].tensors[name].shape
-            if seen != spec.shape:
-                item = self.models[number].name
-                problems.append(f"{name}: {list(seen)} in {item}, {list(spec.shape)} in {self.reference.name}")
-        models = tuple((number, name) for number in having)
-        base = None if self.base is None else name
-        if not spec.dtype.is_floating_point:
-            return Part(spec, models, base, None)
-        if lacking and policy == "base":
-            return Part(self._stored(spec), tuple((number, name) for number in self.members), base, method)
-        if not having:
-            return Part(spec, (), base, None)
-        if lacking:
-            if getattr(self.method, "STATE", False):
-                problems.append(f"{name}: not in {', '.join(lacking)}; {self.label} has one scale for the whole model")
-            if len(having) < self.method.LEAST:
-                names = ", ".join(self.models[number].name for number in having)
-                problems.append(f"{name}: only in {names}, and {self.label} takes at least {self.method.LEAST} models")
-            method = type(self.method)(self.options.only(having, len(self.models)))
-        return Part(self._stored(spec), models, base, method)
-
-    def _extra(self) -> Iterator[str]:
-        """Tensors that the reference lacks: the output's architecture has no place for them."""
-        for item in self.models:
-            for name in sorted(set(item.tensors) - set(self.reference.tensors)):
-                if self.options.on_missing == "error":
-                    yield f"{name}: in {item.name}, not in {self.reference.name}"
-                else:
-                    self.left_out[f"{item.name}: {name}"] = f"{self.reference.name} has no such tensor"
-
-    def _stored(self, spec: TensorSpec) -> TensorSpec:
-        wanted = self.options.out_dtype
-        return spec if wanted == "same" else TensorSpec(spec.name, spec.shape, getattr(torch, wanted))
+    @property
+    def parts(self) -> Sequence[Part]:
+        """The tensors of the output, in order of names."""
+        return self.layout.parts
 
     @property
     def specs(self) -> list[TensorSpec]:
@@ -305,7 +221,7 @@ class MergeJob:
 
     def config(self) -> dict[str, Any]:
         """The reference's configuration, with the dtype of the result."""
-        config = dense_config(self.checkpoint.config)
+        config = dense_config(self.checkpoint.config) | dict(self.layout.config)
         if self.options.out_dtype != "same":
             key = "torch_dtype" if "torch_dtype" in config else "dtype"
             config[key] = self.options.out_dtype
@@ -345,21 +261,16 @@ class MergeJob:
             "inputs": {item.name: len(item.tensors) for item in self.inputs},
             "transformed": len(self.merged),
             "copied": len(self.parts) - len(self.merged),
-            "dropped": len(self.left_out),
-            "left_out": dict(self.left_out),
+            "dropped": len(self.layout.left_out) + len(self.layout.unused),
+            "left_out": {**self.layout.left_out, **self.layout.unused},
         }
 
     def uncovered(self) -> list[str]:
         """Tensors that not all models have, and configurations that differ: a merge all the same, but not as it seems."""
-        lines = [f"{name}: left out, {reason}" for name, reason in self.left_out.items()]
+        lines = [f"{name}: left out, {reason}" for name, reason in self.layout.left_out.items()]
         rejected = self.selection["rejected"] if self.selection else []
         lines += [f"{name}: no candidate, its weights or its perplexity are not finite" for name in rejected]
-        for part in self.merged:
-            members = [self.models[number] for number in self.members]
-            lacking = [item.name for item in members if part.spec.name not in item.tensors]
-            if lacking:
-                what = "the base stands for" if self.options.on_missing == "base" else "merged without"
-                lines.append(f"{part.spec.name}: {what} {', '.join(lacking)}")
+        lines += self.layout.notes
         lines += [text for item in self.inputs for text in item.checkpoint.remarks]
         if self.vocabulary is not None and self.vocabulary.mode == "base":
             lines += self.vocabulary.lines

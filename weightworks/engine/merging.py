@@ -16,7 +16,8 @@ import torch
 from weightworks.engine.diagnosis import Diagnosis
 from weightworks.engine.earlier import STATE_PREFIX
 from weightworks.engine.machine import one_thread
-from weightworks.engine.mergejob import MergeJob, Part
+from weightworks.engine.mergejob import MergeJob
+from weightworks.engine.mergeplan import Part
 from weightworks.errors import MethodError, VerificationError
 from weightworks.stage.merging import STATE, Slab, Survey
 from weightworks.store.writer import CheckpointWriter
@@ -177,20 +178,21 @@ class Merging:
 
     def _copy(self, part: Part) -> None:
         """Copy a tensor that cannot be averaged; models that disagree on it are refused."""
-        job = self.job
-        item = job.reference
-        for number, name in part.models:
-            other = job.models[number]
-            if other is not item and not torch.equal(other.reader.read(name), item.reader.read(part.spec.name)):
+        job, name = self.job, part.spec.name
+        sources = [(job.base, part.base)] if job.base is not None and part.base is not None else []
+        sources += [(job.models[number], tensor) for number, tensor in part.models]
+        item, tensor = sources[0] if sources else (job.reference, name)
+        for other, theirs in sources[1:]:
+            if not torch.equal(other.reader.read(theirs), item.reader.read(tensor)):
                 raise MethodError(
                     f"tensor '{name}' is {part.spec.dtype} and differs between {item.name} and {other.name}: "
                     "it cannot be merged",
                     hint="merge models that agree on it",
                 )
         if item.reader is item.checkpoint:
-            self.writer.copy_from(item.checkpoint, part.spec.name)
+            self.writer.copy_from(item.checkpoint, tensor, called=name)
         else:  # a view: the output's tensor is what it shows
-            self.writer.put(part.spec.name, item.reader.read(part.spec.name))
+            self.writer.put(name, item.reader.read(tensor))
 
     def _slabs(self, part: Part, asking: Any, *, most: int = SLAB) -> Iterator[Slab]:
         return slabs(self.job, part, asking, most=most, state=self._state)

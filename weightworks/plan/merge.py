@@ -200,11 +200,13 @@ def check(job: MergeJob, staged: Checkpoint) -> tuple[dict[str, Any], dict[str, 
 def estimate(job: MergeJob) -> Estimate:
     """What the merge will take, from headers alone."""
     inputs, parts = len(job.models), job.merged
-    asking = [job.method, *(job.method.surveys() if hasattr(job.method, "surveys") else ())]
+    asking = {
+        id(one): [one, *(one.surveys() if hasattr(one, "surveys") else ())] for one in (part.method for part in parts)
+    }
 
     def held(part: Any) -> int:
         shape = part.spec.shape or (1,)
-        whole = any(job.whole(one, part) for one in asking)
+        whole = any(job.whole(one, part) for one in asking[id(part.method)])
         rows = shape[0] if whole else min(shape[0], slab_rows(shape, inputs, LOOK))
         return rows * (part.spec.nbytes // part.spec.dtype.itemsize // max(shape[0], 1))
 
@@ -221,7 +223,7 @@ def estimate(job: MergeJob) -> Estimate:
         phases["fitting weights with all models in memory"] = models_held
     phase = max(phases, key=lambda name: phases[name])
     read = sum(sum(spec.nbytes for spec in item.tensors.values()) for item in job.inputs)
-    passes = len(asking)
+    passes = max(map(len, asking.values()), default=1)
     return Estimate(
         output_bytes=job.output_bytes,
         disk_bytes=job.output_bytes,
@@ -276,7 +278,7 @@ def resolved(job: MergeJob, diagnosis: Diagnosis) -> dict[str, Any]:
         "dtype": f"{str(stored_dtype(job.checkpoint)).removeprefix('torch.')}, computed in float32",
         "seed": job.settings.seed,
         "device": str(job.device),
-        "tensors": f"{len(job.merged)} merged, {len(job.parts) - len(job.merged)} copied, {len(job.left_out)} left out",
+        "tensors": "{transformed} merged, {copied} copied, {dropped} left out".format_map(job.account()),
         **({} if job.vocabulary is None else {"vocabularies": job.vocabulary.lines}),
         "notes": job.uncovered(),
         "diagnosis": diagnosis.facts(),
