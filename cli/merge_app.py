@@ -20,7 +20,7 @@ from weightworks.stage.catalog import Entry
 SETTINGS = (  # those of a run's settings that a merge heeds
     "seed", "device", "max_memory", "max_shard_size", "overwrite", "resume", "strict", "trust_remote_code", "allow_pickle",
 )  # fmt: skip
-COMMANDS: dict[str, Callable[..., int | None]] = {**adapters.COMMANDS}  # beside the methods
+CONFIGURED = ("on_missing", "check")  # those of a merge's options that a configuration does not give itself
 
 
 def merge(
@@ -83,19 +83,57 @@ def method_command(entry: Entry) -> Callable[..., int | None]:
             progress=Progress(quiet=quiet, verbose=verbose),
             announce=(lambda facts: None) if quiet else show_plan,
         )
-        if not quiet:
-            show_estimate(outcome) if dry_run else show_outcome(outcome)
-        if json:
-            told = outcome.estimate.facts() if dry_run and outcome.estimate else {}
-            facts = {"estimate": told} if dry_run else {"seconds": outcome.seconds, **(outcome.provenance or {})}
-            emit({"target": str(outcome.target), "cached": outcome.cached, **facts})
-        if settings.strict and not dry_run and (degraded := outcome.degraded()):
-            show_error(degraded)
-            return degraded.exit_code
-        return 0
+        return told(outcome, dry_run=dry_run, json=json, quiet=quiet, strict=settings.strict)
 
     run.__doc__, run.__name__ = entry.summary, entry.name
     return run
+
+
+def config(
+    file: Annotated[Path, typer.Argument(metavar="FILE.yaml", help="a configuration of mergekit")],
+    output_dir: Annotated[
+        Path | None, typer.Option("-o", "--output-dir", help="default: the base's name plus what was done, here")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="print diagnostics, time, memory, disk and output size; write nothing")
+    ] = False,
+    json: JSON = False,
+    quiet: QUIET = False,
+    verbose: VERBOSE = False,
+    **values: Any,
+) -> int | None:
+    """Merge and stack layers as a configuration of mergekit says."""
+    from weightworks.stage.settings import divide
+
+    options, settings = divide(given(values), _merge_options(), "merge.config")
+
+    from weightworks.plan.config import run_config
+    from weightworks.report.progress import Progress
+
+    outcome = run_config(
+        file,
+        options,
+        settings,
+        output_dir=output_dir,
+        dry_run=dry_run,
+        progress=Progress(quiet=quiet, verbose=verbose),
+        announce=(lambda facts: None) if quiet else show_plan,
+    )
+    return told(outcome, dry_run=dry_run, json=json, quiet=quiet, strict=settings.strict)
+
+
+def told(outcome: Any, *, dry_run: bool, json: bool, quiet: bool, strict: bool) -> int:
+    """Tell what came of a merge; returns the exit code."""
+    if not quiet:
+        show_estimate(outcome) if dry_run else show_outcome(outcome)
+    if json:
+        costs = outcome.estimate.facts() if dry_run and outcome.estimate else {}
+        facts = {"estimate": costs} if dry_run else {"seconds": outcome.seconds, **(outcome.provenance or {})}
+        emit({"target": str(outcome.target), "cached": outcome.cached, **facts})
+    if strict and not dry_run and (degraded := outcome.degraded()):
+        show_error(degraded)
+        return int(degraded.exit_code)
+    return 0
 
 
 def show_plan(facts: dict[str, Any]) -> None:
@@ -192,6 +230,13 @@ def methods(
     return 0
 
 
+COMMANDS: dict[str, Callable[..., int | None]] = {
+    **adapters.COMMANDS,
+    "config": config,
+    "methods": methods,
+}  # no methods
+
+
 def build(typed: str | None) -> typer.Typer:
     """The application; only the command ``typed`` gets its options."""
     app = typer.Typer(
@@ -219,8 +264,10 @@ def build(typed: str | None) -> typer.Typer:
         pattern = command(merge, extra(entry) if name == typed else [], guarded(function))
         pattern.__doc__ = entry.summary
         app.command(name)(pattern)
-    for name, function in {**COMMANDS, "methods": methods}.items():
-        own = adapters.extra(name) if name == typed and name in adapters.COMMANDS else []
+    for name, function in COMMANDS.items():
+        own = []
+        if name == typed:
+            own = adapters.extra(name) if name in adapters.COMMANDS else config_extra() if name == "config" else []
         app.command(name)(command(function, own, guarded(function)))
     return app
 
@@ -231,6 +278,21 @@ def extra(entry: Entry) -> list[Any]:
 
     run = [one for one in parameters({"": Settings}, "Run") if one.name in SETTINGS]
     return [*parameters({entry.name: entry.load().Options}, "Method"), *run]
+
+
+def config_extra() -> list[Any]:
+    """The options of a configured merge, and those of a run that merges heed."""
+    from weightworks.stage.settings import Settings
+
+    own = [one for one in parameters({"": _merge_options()}, "Merge") if one.name in CONFIGURED]
+    return [*own, *(one for one in parameters({"": Settings}, "Run") if one.name in SETTINGS)]
+
+
+def _merge_options() -> Any:
+    catalog.defer(catalog.HEAVY)
+    from weightworks.stage.merging import MergeOptions
+
+    return MergeOptions
 
 
 def main() -> None:

@@ -5,7 +5,7 @@ Everything that can be refused is refused here, from headers alone, all offendin
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -77,6 +77,7 @@ class MergeJob:
     earlier: Checkpoint | None = None
     vocabulary: Alignment | None = None  # how rows were matched, where vocabularies differ
     planner: Planner | None = None  # what decides about parts; None: all by the one method
+    replaced: Mapping[str, str] = field(default_factory=dict)  # small files of the reference with another content
     members: tuple[int, ...] = field(init=False)  # those of the models that are merged
     layout: Layout = field(init=False)
     alignment: dict[str, Any] | None = field(init=False, default=None)  # what was moved before
@@ -225,26 +226,32 @@ class MergeJob:
         if self.options.out_dtype != "same":
             key = "torch_dtype" if "torch_dtype" in config else "dtype"
             config[key] = self.options.out_dtype
-        if self.vocabulary is not None and self.vocabulary.new:
+        if self.vocabulary is not None and self.grown:
             holder = "text_config" if "vocab_size" in config.get("text_config", {}) else None
             size = {"vocab_size": self.vocabulary.rows}
             config = {**config, **(size if holder is None else {holder: {**config[holder], **size}})}
         return config
 
+    @property
+    def grown(self) -> bool:
+        """Whether the output has tokens that the reference lacks."""
+        return self.vocabulary is not None and bool(self.vocabulary.new)
+
     def texts(self) -> dict[str, str]:
         """Small files of the reference that the output has otherwise: its tokenizer, where tokens were added."""
-        if self.vocabulary is None or not self.vocabulary.new:
-            return {}
+        if self.vocabulary is None or not self.grown:
+            return dict(self.replaced)
         new, sources, root = self.vocabulary.new, self.vocabulary.sources, self.checkpoint.root
         found = {tokenizerfile.FILE: extended(self.vocabulary.members[0].vocabulary, new, sources)}
         if (path := root / tokenizerfile.CONFIG).is_file():
-            found[tokenizerfile.CONFIG] = extended_config(path.read_text(encoding="utf-8"), new, sources)
-        return found
+            text = self.replaced.get(tokenizerfile.CONFIG) or path.read_text(encoding="utf-8")
+            found[tokenizerfile.CONFIG] = extended_config(text, new, sources)
+        return {**self.replaced, **found}
 
     @property
     def untrue(self) -> frozenset[str]:
         """Small files of the reference that would contradict the output."""
-        return SLOW if self.texts() else frozenset()
+        return SLOW if self.grown else frozenset()
 
     def origin(self) -> dict[str, Any]:
         """The inputs, each as it was made."""

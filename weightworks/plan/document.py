@@ -20,15 +20,15 @@ MOST = 300_000  # values, those of aliases counted wherever they are used: a pag
 TEXT = ("str", "timestamp", "merge", "value", "!")  # a date is text, and so are a lone '<<' and '='
 
 
-def load(path: Path, problems: Problems) -> Item:
+def load(path: Path, problems: Problems, *, hint: str = "give a recipe file, see recipes/") -> Item:
     """The document at ``path``; raises :class:`UsageError` with file and line if it cannot be read as YAML."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-        raise UsageError(f"{path}: cannot be read ({reason})", hint="give a recipe file, see recipes/") from None
+        raise UsageError(f"{path}: cannot be read ({reason})", hint=hint) from None
     except ValueError:
-        raise UsageError(f"{path}: no name of a file", hint="give a recipe file, see recipes/") from None
+        raise UsageError(f"{path}: no name of a file", hint=hint) from None
     try:
         return parse(text, str(path), problems)
     except Unreadable as error:

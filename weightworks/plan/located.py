@@ -99,16 +99,14 @@ class Problems:
                 return text
         return f"known: {', '.join(islice(known, 3))} and {len(known) - 3:,} more"
 
-    def raise_if_any(self, what: str) -> None:
+    def raise_if_any(self, what: str, *, hint: str = "see: compress schema, docs/recipes.md") -> None:
         """One :class:`UsageError` with a line a mistake, in the order of the file."""
         if self.found:
             lines = [f"  {place}: {text}" for place, text in sorted(self.found)]
             count = "1 mistake" if len(lines) == 1 else f"{len(lines):,} mistakes"
             if len(lines) > SHOWN:
                 lines[SHOWN:] = [f"  and {len(lines) - SHOWN:,} more"]
-            raise UsageError(
-                f"{what}: {count}; nothing was run\n" + "\n".join(lines), hint="see: compress schema, docs/recipes.md"
-            )
+            raise UsageError(f"{what}: {count}; nothing was run\n" + "\n".join(lines), hint=hint)
 
 
 def merged(base: Item, child: Item) -> Item:

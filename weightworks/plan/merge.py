@@ -15,7 +15,7 @@ from weightworks.engine.estimate import BYTES_A_SECOND, RUNTIME_BYTES, Estimate,
 from weightworks.engine.finish import prove_written, publish, seal, stream_perplexity, verification, verify
 from weightworks.engine.machine import free_memory, pick_device, resident
 from weightworks.engine.mergejob import Input, MergeJob, open_inputs
-from weightworks.engine.merging import LOOK, Merging, slab_rows
+from weightworks.engine.merging import LOOK, Merging, slab_rows, surveys_of
 from weightworks.engine.side import matrix_bytes
 from weightworks.errors import ResourceError, WeightworksError
 from weightworks.plan.heldout import costs, digests, fit, held_out
@@ -65,9 +65,7 @@ def run_merge(
     inputs, origin = (opened[:-1], opened[-1]) if base else (opened, None)
     before = None if earlier is None else Checkpoint.open(earlier, allow_pickle=settings.allow_pickle)
     target = (output_dir or default_target(inputs, origin, name)).absolute()
-    keep_inputs(target, [item.checkpoint for item in opened])
-    if target.exists() and (not target.is_dir() or read_provenance(target) is None):
-        check_target(target, overwrite=settings.overwrite)
+    check_place(target, opened, settings)
     device = pick_device(settings.device)
     inputs, origin, vocabulary = matched(inputs, origin, method.options, settings)
     job = MergeJob(
@@ -83,6 +81,26 @@ def run_merge(
         earlier=before,
         vocabulary=vocabulary,
     )
+    return carry_out(job, entry.version_facts(), started, dry_run=dry_run, announce=announce)
+
+
+def check_place(target: Path, inputs: Sequence[Input], settings: Settings) -> None:
+    """Refuse a target that is an input, or that holds what nobody here made."""
+    keep_inputs(target, [item.checkpoint for item in inputs])
+    if target.exists() and (not target.is_dir() or read_provenance(target) is None):
+        check_target(target, overwrite=settings.overwrite)
+
+
+def carry_out(
+    job: MergeJob,
+    versions: Mapping[str, Any],
+    started: float,
+    *,
+    dry_run: bool = False,
+    announce: Callable[[dict[str, Any]], None] = lambda resolved: None,
+) -> Outcome:
+    """Have what ``job`` makes: find it finished, say what it takes, or do it. ``versions`` go into its identity."""
+    target, settings = job.target, job.settings
     job.texts()  # what tokenizer cannot be made is refused now
     wanted = held_out(job)
     texts = digests(wanted)
@@ -90,7 +108,7 @@ def run_merge(
     if diagnosis is not None or dry_run:
         announce(resolved(job, diagnosis or Diagnosis()))
     if not dry_run or target.exists():
-        identity = job.identity(**texts, **entry.version_facts())
+        identity = job.identity(**texts, **versions)
         if (done := finished(target, identity)) is not None and not settings.overwrite:
             return Outcome(target, None, done, cached=True, seconds=time.monotonic() - started)
     if not dry_run:
@@ -185,7 +203,13 @@ def check(job: MergeJob, staged: Checkpoint) -> tuple[dict[str, Any], dict[str, 
     job.returns_tuple = prove_written(job, view, probe)
     result = stream_perplexity(job, view, probe)
     compared = job.compared.checkpoint
-    if job.texts():  # it reads other tokens
+    if job.layout.config:  # it has other layers
+        job.skeleton = build(DenseView(compared), trust_remote_code=job.settings.trust_remote_code)
+        job.returns_tuple = prove_written(job, DenseView(compared), probe)
+        dense = stream_perplexity(job, DenseView(compared), probe)
+        job.skeleton = build(view, trust_remote_code=job.settings.trust_remote_code)
+        job.returns_tuple = prove_written(job, view, probe)
+    elif job.grown:  # it reads other tokens
         own = check_windows(compared, job.skeleton, trust_remote_code=job.settings.trust_remote_code)[:count, :length]
         dense = stream_perplexity(job, DenseView(compared), own.contiguous())
     else:
@@ -201,7 +225,7 @@ def estimate(job: MergeJob) -> Estimate:
     """What the merge will take, from headers alone."""
     inputs, parts = len(job.models), job.merged
     asking = {
-        id(one): [one, *(one.surveys() if hasattr(one, "surveys") else ())] for one in (part.method for part in parts)
+        id(one): [one, *surveys_of(one, "model"), *surveys_of(one, "tensor")] for one in (part.method for part in parts)
     }
 
     def held(part: Any) -> int:
