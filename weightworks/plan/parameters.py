@@ -163,7 +163,7 @@ class Resolver:
                 return False
             return True
         if option in self.module.Options.PER_MODEL:
-            default = None if parameter in self.form.needed else self._default(option, options)
+            default = None if parameter in self.form.needed else self._default(option)
             numbers = [default if value is None else value.value for value in values]
             for (source, _), one in zip(sources, numbers, strict=True):
                 if one is None:
@@ -172,7 +172,7 @@ class Resolver:
                 return False
             options[option] = numbers
         else:
-            default = self.module.Options(**options).resolved()[option]
+            default = self._default(option)
             numbers = [default if value is None else value.value for value in values]
             if any(one != numbers[0] for one in numbers):
                 place = next(value.place for value in values if value is not None)
@@ -184,9 +184,14 @@ class Resolver:
         places[option] = next(value.place for value in values if value is not None)
         return True
 
-    def _default(self, option: str, options: Mapping[str, Any]) -> Any:
+    def _default(self, option: str) -> Any:
         """What a model has that is given no value, while others are: densities stand in place of the density of all."""
-        return self.module.Options(**options).resolved().get({"densities": "density"}.get(option, option))
+        return self.defaults["density" if option == "densities" else option]
+
+    @cached_property
+    def defaults(self) -> dict[str, Any]:
+        """The options where a file gives none."""
+        return dict(self.module.Options(**self.form.options).resolved())
 
     def _missing(self, parameter: str, source: Source) -> None:
         self.problems.add(source.place, f"parameter '{parameter}' is missing for {source.model}")
