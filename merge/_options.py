@@ -101,14 +101,18 @@ class MatrixOptions(MergeOptions):
 def sparse(rescale: str | None = None, each: Mapping[str, str] | None = None, **options: Any) -> Mergekit:
     """A method of what mergekit calls generalized task arithmetic, by ``options`` of ours.
 
-    ``rescale`` is ours for its ``rescale: true``, None if that is not supported; ``each`` are more parameters of each model.
+    ``rescale`` is ours for its ``rescale: true``, None if that is not supported, as for methods that are not random;
+    ``each`` are more parameters of each model.
     """
+    random = "random numbers are a function of seed, tensor, model and place, so they are others than mergekit's"
+    ties = "changes as large as the threshold are all kept; mergekit keeps some of them, so that their number comes out"
     return Mergekit(
         {"normalize": "normalize", "lambda": "scaling", "int8_mask": None, "rescale": "rescale" if rescale else None},
         {"weight": "weights", "density": "densities", **(each or {})},
         values={"rescale": {False: "none", True: rescale} if rescale else {False: None}},
         needed=("weight",),
         options=options,
+        differs=random if rescale else ties,
     )
 
 

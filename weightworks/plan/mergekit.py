@@ -198,7 +198,7 @@ class _Reader:
 
     def _list(self, item: Item, what: str) -> list[Item]:
         if not isinstance(item.value, list) or not item.value:
-            self.problems.refuse(item, f"'{what}' must be a list")
+            self.problems.refuse(item, f"'{what}' must be a list that holds something")
             return []
         return item.value
 
