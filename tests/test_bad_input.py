@@ -13,7 +13,7 @@ from commands import FEW, Commands, Run
 from safetensors.torch import load_file, save_file
 
 from weightworks.store.checkpoint import INDEX, SINGLE, Checkpoint
-from weightworks.store.writer import plan_shards
+from weightworks.store.shards import plan_shards
 
 NAMES = [f"model-{k:05d}-of-00003.safetensors" for k in (1, 2, 3)]
 

@@ -14,8 +14,8 @@ import pytest
 from commands import FEW, HERE, ONE_THREAD, TINY_LLAMA, Commands, Fault, Run
 from places import wait_until_stopped
 
+from weightworks.store.journal import JOURNAL
 from weightworks.store.sources import file_digest
-from weightworks.store.writer import JOURNAL
 
 DONE = "weightworks.store.writer:CheckpointWriter.done"
 PUT = "weightworks.store.writer:CheckpointWriter.put"

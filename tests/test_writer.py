@@ -22,15 +22,13 @@ from safetensors.torch import load_file
 
 from weightworks.errors import MethodError, OutputError, VerificationError
 from weightworks.store.checkpoint import INDEX, SINGLE, Checkpoint
+from weightworks.store.journal import JOURNAL, read_journal
+from weightworks.store.shards import plan_shards, planned_bytes
 from weightworks.store.sources import file_digest
 from weightworks.store.tensorfile import TensorSpec, build_header, read_header
 from weightworks.store.writer import (
-    JOURNAL,
     CheckpointWriter,
     check_target,
-    plan_shards,
-    planned_bytes,
-    read_journal,
     staging_of,
 )
 

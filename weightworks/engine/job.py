@@ -33,8 +33,8 @@ from weightworks.store.formats import Format, find_format
 from weightworks.store.manifest import read_provenance
 from weightworks.store.masks import SUFFIX, mask_spec, pack_bits
 from weightworks.store.packing import IntScheme, Quantized
+from weightworks.store.shards import planned_bytes
 from weightworks.store.tensorfile import TensorSpec
-from weightworks.store.writer import planned_bytes
 from weightworks.stream.linears import Linear, block_linears
 from weightworks.stream.skeleton import Skeleton, build
 

@@ -27,11 +27,11 @@ from weightworks.store import tokenizerfile
 from weightworks.store.checkpoint import Checkpoint
 from weightworks.store.dense import DenseView
 from weightworks.store.formats import Format
+from weightworks.store.shards import planned_bytes
 from weightworks.store.statistics import Statistics
 from weightworks.store.tensorfile import TensorSpec
 from weightworks.store.tokenizerfile import SLOW, extended, extended_config
 from weightworks.store.vocabulary import Alignment, Reader
-from weightworks.store.writer import planned_bytes
 
 COSMETIC = {  # entries of a configuration that say nothing of what the weights mean
     "_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache", "bos_token_id",

@@ -30,8 +30,9 @@ from weightworks.report.progress import Progress
 from weightworks.stage.settings import Settings
 from weightworks.stage.statistics import StatisticsOptions
 from weightworks.store.checkpoint import Checkpoint
+from weightworks.store.shards import planned_bytes
 from weightworks.store.statistics import ENTRY, read_facts
-from weightworks.store.writer import CheckpointWriter, check_target, planned_bytes
+from weightworks.store.writer import CheckpointWriter, check_target
 from weightworks.stream.calibration import Calibration
 from weightworks.stream.memory import ran_out
 

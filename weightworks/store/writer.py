@@ -23,9 +23,10 @@ import xxhash
 
 from weightworks.errors import MethodError, OutputError, VerificationError
 from weightworks.store.checkpoint import INDEX, SINGLE, Checkpoint
+from weightworks.store.journal import JOURNAL, difference, read_journal
+from weightworks.store.shards import file_bytes, plan_shards
 from weightworks.store.tensorfile import TensorInfo, TensorSpec, build_header, read_bytes, write_bytes
 
-JOURNAL = "journal.jsonl"
 COPY_BYTES = 16 << 20  # rows copied at a time: large enough for the disk, small beside a block
 
 
@@ -104,7 +105,7 @@ class CheckpointWriter:
         first = {"identity": identity, "layout": hashlib.sha256(b"".join(headers.values())).hexdigest()}
         records = read_journal(self.staging) if resume else []
         if records and records[0] != first:
-            changed = _difference(records[0].get("identity", {}), identity) or "the planned tensors or the shard size"
+            changed = difference(records[0].get("identity", {}), identity) or "the planned tensors or the shard size"
             raise OutputError(
                 f"{self.staging}: holds unfinished work of another run; differs in {changed}",
                 hint="run the earlier command again to finish it, or pass --no-resume to discard it",
@@ -167,7 +168,7 @@ class CheckpointWriter:
     @property
     def nbytes(self) -> int:
         """Bytes of all weight files, headers included: exact, known before any work."""
-        return sum(_file_bytes(members, shard, self.metadata) for shard, members in self.files.items())
+        return sum(file_bytes(members, shard, self.metadata) for shard, members in self.files.items())
 
     def put(self, name: str, tensor: torch.Tensor) -> None:
         """Write one tensor. Its shape and dtype must be the planned ones, its values finite."""
@@ -364,49 +365,6 @@ def check_target(target: Path, *, overwrite: bool) -> None:
         raise OutputError(f"{parent}: cannot write there", hint="choose a writable place with --output-dir")
 
 
-def read_journal(staging: Path) -> list[dict[str, Any]]:
-    """The complete records of a staging folder's journal; a line torn by a crash, and what follows it, is dropped."""
-    path, good = staging / JOURNAL, 0
-    records: list[dict[str, Any]] = []
-    if not path.is_file():
-        return records
-    data = path.read_bytes()
-    for line in data.splitlines(keepends=True):
-        try:
-            if not line.endswith(b"\n"):
-                break
-            records.append(json.loads(line))
-            good += len(line)
-        except ValueError:
-            break
-    if good < len(data):
-        os.truncate(path, good)
-    return records
-
-
-def plan_shards(specs: Iterable[TensorSpec], max_shard_bytes: int) -> dict[str, list[TensorSpec]]:
-    """Fill shards in the given order, none above ``max_shard_bytes`` unless one tensor is."""
-    shards: list[list[TensorSpec]] = [[]]
-    filled = 0
-    for spec in specs:
-        if shards[-1] and filled + spec.nbytes > max_shard_bytes:
-            shards.append([])
-            filled = 0
-        shards[-1].append(spec)
-        filled += spec.nbytes
-    if len(shards) == 1:
-        return {SINGLE: shards[0]}
-    return {f"model-{k:05d}-of-{len(shards):05d}.safetensors": shard for k, shard in enumerate(shards, 1)}
-
-
-def planned_bytes(
-    specs: Iterable[TensorSpec], max_shard_bytes: int, side: Mapping[str, Sequence[TensorSpec]] | None = None
-) -> int:
-    """Bytes of the files a writer would make of ``specs`` and of those beside, headers included."""
-    files = {**plan_shards(specs, max_shard_bytes), **(side or {})}
-    return sum(_file_bytes(members, shard) for shard, members in files.items())
-
-
 def check_finite(name: str, tensor: torch.Tensor) -> None:
     """Refuse NaN and infinity; a float8 tensor is read as float32 first."""
     if not tensor.dtype.is_floating_point:
@@ -416,21 +374,6 @@ def check_finite(name: str, tensor: torch.Tensor) -> None:
     if not torch.isfinite(values.sum()) and not torch.isfinite(values).all():
         bad = int((~torch.isfinite(values)).sum())
         raise MethodError(f"tensor '{name}' holds {bad} NaN or infinite values", hint="repair the source checkpoint")
-
-
-def _file_bytes(members: Sequence[TensorSpec], shard: str, metadata: Mapping[str, str] | None = None) -> int:
-    return len(build_header(members, shard, metadata)[0]) + sum(spec.nbytes for spec in members)
-
-
-def _difference(old: Mapping[str, Any], new: Mapping[str, Any], path: str = "") -> str:
-    changes = []
-    for key in sorted({*old, *new}):
-        a, b = old.get(key), new.get(key)
-        if isinstance(a, dict) and isinstance(b, dict):
-            changes += [_difference(a, b, f"{path}{key}.")] if a != b else []
-        elif a != b:
-            changes.append(f"{path}{key} ({str(a)[:16]} then, {str(b)[:16]} now)")
-    return ", ".join(changes)
 
 
 def _remove(path: Path) -> None:
