@@ -76,6 +76,9 @@ class MergeJob:
     device: torch.device
     earlier: Checkpoint | None = None
     vocabulary: Alignment | None = None  # how rows were matched, where vocabularies differ
+    tied: bool | None = None  # whether the result shares embedding and head; None: as the reference does
+    copies: Mapping[str, str] = field(default_factory=dict)  # tensors of inputs that are others of theirs, and why
+    remarks: Sequence[str] = ()  # what a user should know of the inputs together
     planner: Planner | None = None  # what decides about parts; None: all by the one method
     replaced: Mapping[str, str] = field(default_factory=dict)  # small files of the reference with another content
     members: tuple[int, ...] = field(init=False)  # those of the models that are merged
@@ -84,6 +87,7 @@ class MergeJob:
     selection: dict[str, Any] | None = field(init=False, default=None)  # how the members were chosen
     continued: Earlier | None = field(init=False, default=None)  # what it left
     statistics: tuple[Statistics, ...] = field(init=False, default=())  # of each model, where the method wants them
+    keys: dict[tuple[int, str], str] = field(init=False, default_factory=dict)  # of contents, as far as they are known
     skeleton: Any = field(init=False, default=None)  # of the written output, once it is there
     returns_tuple: int = field(init=False, default=0)
 
@@ -100,11 +104,6 @@ class MergeJob:
         assert self.planner is not None
         self.members = tuple(members)
         self.layout = self.planner.layout(self)
-
-    @cached_property
-    def keys(self) -> tuple[str, ...]:
-        """What stands for the content of each model."""
-        return tuple(item.checkpoint.digest for item in self.models)
 
     @property
     def options(self) -> Any:
@@ -226,6 +225,10 @@ class MergeJob:
         if self.options.out_dtype != "same":
             key = "torch_dtype" if "torch_dtype" in config else "dtype"
             config[key] = self.options.out_dtype
+        if self.tied is not None:
+            config["tie_word_embeddings"] = self.tied
+            if "tie_word_embeddings" in config.get("text_config", {}):
+                config["text_config"] = {**config["text_config"], "tie_word_embeddings": self.tied}
         if self.vocabulary is not None and self.grown:
             holder = "text_config" if "vocab_size" in config.get("text_config", {}) else None
             size = {"vocab_size": self.vocabulary.rows}
@@ -268,8 +271,8 @@ class MergeJob:
             "inputs": {item.name: len(item.tensors) for item in self.inputs},
             "transformed": len(self.merged),
             "copied": len(self.parts) - len(self.merged),
-            "dropped": len(self.layout.left_out) + len(self.layout.unused),
-            "left_out": {**self.layout.left_out, **self.layout.unused},
+            "dropped": len(self.layout.left_out) + len(self.layout.unused) + len(self.copies),
+            "left_out": {**self.layout.left_out, **self.layout.unused, **self.copies},
         }
 
     def uncovered(self) -> list[str]:
@@ -277,7 +280,7 @@ class MergeJob:
         lines = [f"{name}: left out, {reason}" for name, reason in self.layout.left_out.items()]
         rejected = self.selection["rejected"] if self.selection else []
         lines += [f"{name}: no candidate, its weights or its perplexity are not finite" for name in rejected]
-        lines += self.layout.notes
+        lines += [*self.remarks, *self.layout.notes]
         lines += [text for item in self.inputs for text in item.checkpoint.remarks]
         if self.vocabulary is not None and self.vocabulary.mode == "base":
             lines += self.vocabulary.lines

@@ -6,14 +6,16 @@ the output do not depend on the machine; sums are taken in order of names and ro
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from weightworks.engine.diagnosis import Diagnosis
+from weightworks.engine.diagnosis import Diagnosis, stretches
 from weightworks.engine.earlier import STATE_PREFIX
 from weightworks.engine.machine import one_thread
 from weightworks.engine.mergejob import MergeJob
@@ -250,13 +252,38 @@ def slabs(
 
     shape = part.spec.shape or (1,)
     step = shape[0] if job.whole(asking, part) else slab_rows(shape, len(part.models), most)
-    keys = tuple(job.keys[number] for number, _ in part.models)
+    keys = ContentKeys(job, part)
     for start in range(0, shape[0], max(step, 1)):
         stop = min(start + step, shape[0])
         base = None if job.base is None or part.base is None else job.read(job.base, part.base, start, stop)
         models = tuple(rows(number, tensor, base) for number, tensor in part.models)
         kept, side = state(part, start, stop), job.side_of(part, start, stop)
         yield Slab(part.spec.name, shape, start, models, base, keys, job.settings.seed, kept, side)
+
+
+@dataclass(frozen=True)
+class ContentKeys(Sequence[str]):
+    """What stands for each model's content of a tensor, made when a method draws random numbers.
+
+    A digest of the values of an even sample of rows: the files that hold them, and the order of models, do not count.
+    """
+
+    job: MergeJob
+    part: Part
+
+    def __len__(self) -> int:
+        return len(self.part.models)
+
+    def __getitem__(self, place: Any) -> Any:
+        number, name = self.part.models[place]
+        known = self.job.keys
+        if (number, name) not in known:
+            item, digest = self.job.models[number], hashlib.sha256()
+            if name in item.tensors:  # else the base stands for it
+                for start, stop in stretches(item.tensors[name].shape or (1,)):
+                    digest.update(self.job.read(item, name, start, stop).cpu().contiguous().numpy().tobytes())
+            known[number, name] = digest.hexdigest()
+        return known[number, name]
 
 
 def surveys_of(method: Any, scope: str) -> list[Survey]:

@@ -16,6 +16,7 @@ from weightworks.plan.merge import carry_out, check_place, default_target
 from weightworks.plan.mergekit import SEE, Configuration, read
 from weightworks.plan.stacking import Stacking
 from weightworks.plan.stage import Outcome
+from weightworks.plan.tying import alike
 from weightworks.plan.vocabularies import matched
 from weightworks.report.progress import Progress
 from weightworks.stage.merging import MergeOptions
@@ -69,6 +70,7 @@ def run_config(
     target = (output_dir or default_target(models, base, "config")).absolute()
     check_place(target, opened, settings)
     numbers = {item.name: number for number, item in enumerate(models)}
+    models, base, tying = alike(models, base, settings)
     models, base, vocabulary = matched(models, base, chosen, settings)
     if vocabulary is not None and configuration.vocabulary is None:
         configuration.notes.append(
@@ -85,6 +87,9 @@ def run_config(
         progress or Progress(quiet=True),
         pick_device(settings.device),
         vocabulary=vocabulary,
+        tied=tying.tied,
+        copies=tying.copies,
+        remarks=tying.notes,
         planner=Stacking(configuration, problems, numbers),
         replaced={} if template is None else templated(opened[0].checkpoint.root, template),
     )

@@ -20,6 +20,7 @@ from weightworks.engine.side import matrix_bytes
 from weightworks.errors import ResourceError, WeightworksError
 from weightworks.plan.heldout import costs, digests, fit, held_out
 from weightworks.plan.stage import Outcome, check_windows, finished, keep_inputs, log_path, short_name, stored_dtype
+from weightworks.plan.tying import alike
 from weightworks.plan.vocabularies import matched
 from weightworks.report.progress import Progress
 from weightworks.stage import catalog
@@ -67,6 +68,7 @@ def run_merge(
     target = (output_dir or default_target(inputs, origin, name)).absolute()
     check_place(target, opened, settings)
     device = pick_device(settings.device)
+    inputs, origin, tying = alike(inputs, origin, settings)
     inputs, origin, vocabulary = matched(inputs, origin, method.options, settings)
     job = MergeJob(
         entry.label,
@@ -80,6 +82,9 @@ def run_merge(
         device,
         earlier=before,
         vocabulary=vocabulary,
+        tied=tying.tied,
+        copies=tying.copies,
+        remarks=tying.notes,
     )
     return carry_out(job, entry.version_facts(), started, dry_run=dry_run, announce=announce)
 
@@ -203,7 +208,7 @@ def check(job: MergeJob, staged: Checkpoint) -> tuple[dict[str, Any], dict[str, 
     job.returns_tuple = prove_written(job, view, probe)
     result = stream_perplexity(job, view, probe)
     compared = job.compared.checkpoint
-    if job.layout.config:  # it has other layers
+    if job.layout.config or job.tied is not None:  # it has other layers, or another head
         job.skeleton = build(DenseView(compared), trust_remote_code=job.settings.trust_remote_code)
         job.returns_tuple = prove_written(job, DenseView(compared), probe)
         dense = stream_perplexity(job, DenseView(compared), probe)

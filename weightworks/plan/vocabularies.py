@@ -10,6 +10,7 @@ from weightworks.engine.mergejob import Input
 from weightworks.errors import MethodError
 from weightworks.stage.settings import Settings
 from weightworks.store.dense import DenseView
+from weightworks.store.heads import HeadView
 from weightworks.store.sources import Digests, cache_folder
 from weightworks.store.tokenizerfile import FILE, Vocabulary
 from weightworks.store.vocabulary import Alignment, Member, align, views
@@ -69,4 +70,8 @@ def _same_files(inputs: Sequence[Input]) -> bool:
 def _member(item: Input, vocabulary: Vocabulary, settings: Settings) -> Member:
     skeleton = build(DenseView(item.checkpoint), trust_remote_code=settings.trust_remote_code)
     rows = int(skeleton.model.get_input_embeddings().weight.shape[0])
-    return Member(item.name, item.reader, vocabulary, rows, vocabulary_tensors(skeleton))
+    tensors = vocabulary_tensors(skeleton)
+    copies = item.reader.copies if isinstance(item.reader, HeadView) else {}
+    return Member(
+        item.name, item.reader, vocabulary, rows, tensors | {name for name, of in copies.items() if of in tensors}
+    )

@@ -117,7 +117,7 @@ class Slab:
     start: int
     models: tuple[torch.Tensor, ...]
     base: torch.Tensor | None = None
-    keys: tuple[str, ...] = ()
+    keys: Sequence[str] = ()
     seed: int = 0
     state: torch.Tensor | None = None
     side: tuple[Mapping[str, torch.Tensor], ...] = ()
