@@ -23,7 +23,7 @@ from weightworks.plan.stage import Outcome
 from weightworks.stage.settings import Settings
 from weightworks.store.checkpoint import Checkpoint
 from weightworks.store.sources import file_digest
-from weightworks.store.writer import CheckpointWriter
+from weightworks.store.tensorfile import write_bytes
 from weightworks.testing.merge_contract import small_models
 
 Tensors = dict[str, torch.Tensor]
@@ -131,20 +131,21 @@ def test_full_disk_leaves_work_that_is_continued(
     base, *models = small_models()
     monkeypatch.setattr("weightworks.engine.merging.JOURNAL_BYTES", 200_000)
     settings = Settings(device="cpu", max_shard_size="500kB")
-    calls = 0
-    done = CheckpointWriter.done
+    written = 0
 
-    def full(self: CheckpointWriter, step: str, facts: Any = None) -> None:
-        nonlocal calls
-        calls += 1
-        if calls == 5:
-            raise OutputError("no space left", hint="free some")
-        done(self, step, facts)
+    def full(*args: Any) -> Any:
+        nonlocal written
+        written += 1
+        if written == 12:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write_bytes(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(CheckpointWriter, "done", full)
-        with pytest.raises(OutputError, match="no space left"):
+        patch.setattr("weightworks.store.writer.write_bytes", full)
+        with pytest.raises(OutputError, match="No space left") as caught:
             run("ties", models, tmp_path / "out", base=base, settings=settings, density=0.3)
+    assert "finished work is kept" in caught.value.hint
+    assert (tmp_path / "out.partial").is_dir()
     assert not (tmp_path / "out").exists()
     made = run("ties", models, tmp_path / "out", base=base, settings=settings, density=0.3)
     assert made.target.is_dir()
@@ -395,19 +396,19 @@ def families(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Path]]:
 def test_shared_embeddings_are_merged_once(families: dict[str, list[Path]], tmp_path: Path) -> None:
     """A head that is stored all the same is left out, and said to be; the result loads."""
     plain = tensors(run("soup", families["shared"], tmp_path / "plain").target)
-    models = [families["shared"][0], families["copy"][1]]
-    for number, chosen in enumerate((models, models[::-1], families["copy"])):
+    for number, kinds in enumerate((("shared", "copy"), ("copy", "shared"), ("copy", "copy"))):
+        chosen = [families[kind][place] for place, kind in enumerate(kinds)]
         made = run("soup", chosen, tmp_path / f"out{number}", check="full")
         found = tensors(made.target)
+        assert found.keys() == plain.keys()
         assert "lm_head.weight" not in found
-        order = chosen[0] in families["shared"] or chosen == families["copy"]
-        assert not order or all(torch.equal(value, plain[name]) for name, value in found.items())
+        assert all(torch.equal(value, plain[name]) for name, value in found.items())
         assert json.loads((made.target / "config.json").read_text())["tie_word_embeddings"] is True
         assert made.provenance is not None
         assert made.fallbacks == []
         left_out = made.provenance["tensors"]["left_out"]
         assert {name.rpartition(": ")[2] for name in left_out} == {"lm_head.weight"}
-        assert len(left_out) == sum(path in families["copy"] for path in chosen)
+        assert len(left_out) == kinds.count("copy")
 
 
 @pytest.mark.parametrize("kind", ["shared", "copy"])
