@@ -70,7 +70,10 @@ class Bench:
 
     def test(self, folder: Path) -> list[float]:
         """Perplexities of the test texts by domain, their geometric mean, that of prose."""
-        return [*self._scored(folder, "test", DOMAINS, TEST_TOKENS), self._scored(folder, "test", ("prose",), TEST_TOKENS)[0]]
+        return [
+            *self._scored(folder, "test", DOMAINS, TEST_TOKENS),
+            self._scored(folder, "test", ("prose",), TEST_TOKENS)[0],
+        ]
 
     def val(self, folder: Path) -> float:
         """The geometric mean over the val texts."""
@@ -87,7 +90,13 @@ class Bench:
         base = str(self.models / BASE) if based(method) else None
         models = [self.models / expert for expert in experts]
         return merge(
-            models, method=method, base=base, output_dir=fresh(self.work / name), overwrite=True, check="files", **options
+            models,
+            method=method,
+            base=base,
+            output_dir=fresh(self.work / name),
+            overwrite=True,
+            check="files",
+            **options,
         ).target
 
     def rows(self, method: str, grid: Sequence[dict[str, Any]]) -> Iterator[Row]:
