@@ -76,7 +76,7 @@ def test_work_spreads_and_killed_workers_are_replaced(place: Place, undisturbed:
     assert code == 0, [step.error for step in plan.steps.values()]
     assert ran(plan) == set(plan.steps)
     assert outputs(place.runs) == undisturbed
-    for name, workers in (("stages", 2), ("small", 2), (PARTS, 3)):
+    for name, workers in (("stages", 2), ("small", 2), (PARTS, 2)):  # a survivor may take over a part
         assert len(tries(place.folder / name)) >= workers
     for name in ("small", PARTS):
         assert int((place.folder / name / "killed").read_text()) in tries(place.folder / name)
