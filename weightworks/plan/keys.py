@@ -87,6 +87,8 @@ def material(stage: Stage, inputs: Mapping[str, Any], digests: Digests) -> dict[
         facts["distribution"] = distribution
     if watches:
         facts["calibration"] = calibration(settings.dataset, digests)
+    if text := getattr(options, "renormalise", None):
+        facts["calibration"] = calibration(text, digests)
     if hasattr(module.Method, "files"):
         facts["files"] = {str(path): digests.file(path) for path in module.Method(options).files()}
     return facts

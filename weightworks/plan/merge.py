@@ -19,6 +19,7 @@ from weightworks.engine.merging import LOOK, Merging, slab_rows, surveys_of
 from weightworks.engine.side import matrix_bytes
 from weightworks.errors import ResourceError, WeightworksError
 from weightworks.plan.heldout import costs, digests, fit, held_out
+from weightworks.plan.renormalising import Renormalising
 from weightworks.plan.stage import Outcome, check_windows, finished, keep_inputs, log_path, short_name, stored_dtype
 from weightworks.plan.tying import alike
 from weightworks.plan.vocabularies import matched
@@ -108,7 +109,7 @@ def carry_out(
     target, settings = job.target, job.settings
     job.texts()  # what tokenizer cannot be made is refused now
     wanted = held_out(job)
-    texts = digests(wanted)
+    texts = digests(wanted) | Renormalising(job).digests()
     diagnosis = None if wanted or (job.options.align and not dry_run) else diagnose(job)
     if diagnosis is not None or dry_run:
         announce(resolved(job, diagnosis or Diagnosis()))
@@ -159,6 +160,8 @@ def execute(
             diagnosis = diagnose(job)
             announce(resolved(job, diagnosis))
         merging = Merging(job, writer, diagnosis, fitted)
+        if renormalising := Renormalising(job):
+            facts["renormalisation"] = renormalising.run(writer, merging)
         rows = merging.run()
         files = seal(job, writer, job.texts(), job.untrue)
         if job.vocabulary is not None:
@@ -245,6 +248,8 @@ def estimate(job: MergeJob) -> Estimate:
         phases["checking the result"] = _loading(job)
     if job.options.align:
         phases["aligning"] = aligning_bytes(job) + _loading(job)
+    if renormalising := Renormalising(job):
+        phases["renormalising"] = _loading(job) + renormalising.states_bytes()
     choosing = 0.0
     if (wanted := held_out(job)) is not None:
         models_held, choosing = costs(job, wanted)
