@@ -114,6 +114,7 @@ def test_layers_put_out_what_the_models_do(make: Callable[[Path], Path], tmp_pat
     assert outcome.provenance is not None
     facts = outcome.provenance["renormalisation"]
     assert facts["left"] == {}
+    assert "| rows renormalised | on " in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     seen = [outputs_of(tmp_path / name) for name in ("one", "two", "out")]
     merge_models([one, two], output_dir=tmp_path / "plain", **OPTIONS)
     plain = outputs_of(tmp_path / "plain")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -223,7 +224,7 @@ def check(job: MergeJob, staged: Checkpoint) -> tuple[dict[str, Any], dict[str, 
     else:
         dense = stream_perplexity(job, DenseView(compared), probe)
     quality = {"dense": dense, "result": result}
-    blocks = len(job.skeleton.blocks) if parameters <= LOADED else 1
+    blocks = len(job.skeleton.blocks) if whole_fits(job) else 1
     partial = result if blocks == len(job.skeleton.blocks) else None
     checks = verify(job, staged, probe, {"result": result, "partial": partial}, blocks)
     return {**checks, "check_text": list(probe.shape)}, quality
@@ -271,21 +272,33 @@ def estimate(job: MergeJob) -> Estimate:
     )
 
 
+def whole_fits(job: MergeJob) -> bool:
+    """Whether the check loads the whole result: it is small, and there is the memory; else its first block."""
+    outside, blocks, _ = _amounts(job)
+    limit = job.settings.memory_limit or free_memory() + resident()
+    return outside + sum(blocks) <= LOADED and resident() + RUNTIME_BYTES + _bytes(job, sum(blocks)) <= limit
+
+
 def _loading(job: MergeJob) -> int:
-    """Bytes that the check of the result takes: what is outside the blocks and one block, in float32 and as stored."""
-    blocks: dict[str, int] = {}
-    outside = 0
-    for part in job.parts:
-        count = part.spec.nbytes // part.spec.dtype.itemsize
-        found = re.match(r"(.*?\.\d+)\.", part.spec.name)
-        if found:
-            blocks[found.group(1)] = blocks.get(found.group(1), 0) + count
-        else:
-            outside += count
-    held = sum(blocks.values()) if outside + sum(blocks.values()) <= LOADED else max(blocks.values(), default=0)
-    return 6 * (outside + held) + 4 * max(
-        (part.spec.nbytes // part.spec.dtype.itemsize for part in job.parts), default=0
-    )
+    """Bytes that the check of the result takes."""
+    _, blocks, _ = _amounts(job)
+    return _bytes(job, sum(blocks) if whole_fits(job) else max(blocks, default=0))
+
+
+def _bytes(job: MergeJob, held: int) -> int:
+    """Bytes of ``held`` weights of blocks and of those outside, in float32 and as stored, and of a tensor on its way."""
+    outside, _, largest = _amounts(job)
+    return 6 * (outside + held) + 4 * largest
+
+
+def _amounts(job: MergeJob) -> tuple[int, list[int], int]:
+    """How many weights are outside the blocks, in each block, and in the largest tensor."""
+    counts = {part.spec.name: part.spec.nbytes // part.spec.dtype.itemsize for part in job.parts}
+    blocks: Counter[str] = Counter()
+    for name, count in counts.items():
+        found = re.match(r"(.*?\.\d+)\.", name)
+        blocks[found.group(1) if found else ""] += count
+    return blocks.pop("", 0), list(blocks.values()), max(counts.values(), default=0)
 
 
 def sizes(job: MergeJob) -> dict[str, Any]:
