@@ -1,11 +1,12 @@
 """What merges of experts of one base are worth: perplexity of every method that needs no data, with its defaults and tuned.
 
-    python benchmarks/merging.py --models MODELS --data DATA [--methods ties dare ...] [--subsets] [--orders]
+    python benchmarks/merging.py --models MODELS --data DATA [--methods ties dare ...] [--data-based] [--subsets] [--orders]
 
 MODELS holds tiny-llama and expert-scripture/drama/math/code, fine-tuned from it on one domain each; DATA the texts
 DOMAIN.val.txt and DOMAIN.test.txt. All four experts are merged, once with the defaults of a method and once with each setting
 of its grid; the setting with the lowest mean on the val texts is scored on the test texts, beside the defaults. Methods of two
 models merge each pair, those of one model each expert with the base: the best of them on the val texts is shown.
+``--data-based`` adds RegMean and Fisher merging, with statistics of each expert on the val text of its domain.
 ``--subsets`` merges every selection of two or three experts with the defaults, ``--orders`` merges in every order
 with OPCM. Figures are perplexities of the first 12,000 tokens of a text (val: 4,000) in windows of the model's context, and
 their geometric mean over the four domains; prose, which no expert was trained on, stands beside it.
@@ -25,7 +26,10 @@ from _measure import note, save_json, table
 from _ours import HERE, fresh, work_folder
 from merge import merge
 from weightworks.plan.evaluate import evaluate
+from weightworks.plan.stats import run_stats
 from weightworks.stage import catalog
+from weightworks.stage.settings import Settings
+from weightworks.stage.statistics import StatisticsOptions
 
 BASE = "tiny-llama"
 DOMAINS = ("scripture", "drama", "math", "code")
@@ -51,6 +55,10 @@ GRID: dict[str, dict[str, list[Any]]] = {
     "arcee_fusion": {"spread": [0.5]},
 }
 APART = {"passthrough", "fisher", "regmean"}  # a copy of one model; merges that want statistics of data
+DATA_BASED: dict[str, tuple[str, dict[str, list[Any]]]] = {  # the statistics they want, and their grids
+    "regmean": ("gram", {"off_diagonal": [0.5, 0.9, 1.0]}),
+    "fisher": ("fisher", {}),
+}
 
 
 @dataclass(frozen=True)
@@ -114,6 +122,28 @@ class Bench:
                 setting = f"{' and '.join(map(short, experts))}: {setting}"
             yield Row(method, setting, self.test(self.merged(method, experts, options)))
 
+    def with_statistics(self, method: str) -> Iterator[Row]:
+        """As :meth:`rows`, of a merge that reads statistics of each expert on the val text of its domain."""
+        kind, grid = DATA_BASED[method]
+        files = [self._statistics(domain, kind) for domain in DOMAINS]
+        tries = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
+        folders = {}
+        for number, options in enumerate([{}, *tries]):
+            folders[number] = self.merged(method, EXPERTS, {**options, "statistics": files}, f"out-{number}")
+        values = [self.val(folder) for folder in folders.values()]
+        best = min(folders, key=values.__getitem__)
+        for number in dict.fromkeys((0, best)):
+            setting = ", ".join(f"{key} {told(value)}" for key, value in tries[number - 1].items()) if number else ""
+            yield Row(method, setting or "defaults", self.test(folders[number]))
+
+    def _statistics(self, domain: str, kind: str) -> str:
+        """The file of an expert's statistics, made."""
+        target = self.work / f"{domain}-{kind}.safetensors"
+        note(f"{kind} statistics of expert-{domain}")
+        settings = Settings(dataset=str(self.data / f"{domain}.val.txt"), num_samples=128, seq_len=256, overwrite=True)
+        run_stats(str(self.models / f"expert-{domain}"), StatisticsOptions(kind=kind), settings, output=target)
+        return str(target)
+
 
 def told(value: Any) -> str:
     """An option's value as a table shows it."""
@@ -161,8 +191,9 @@ def main() -> None:
     known = sorted(entry.name for entry in catalog.methods("merge").values() if entry.name not in APART)
     parser.add_argument("--models", type=Path, default=shared / "models")
     parser.add_argument("--data", type=Path, default=shared / "data")
-    parser.add_argument("--methods", nargs="+", choices=known, default=known)
+    parser.add_argument("--methods", nargs="*", choices=known, default=known, metavar="METHOD")
     parser.add_argument("--defaults", action="store_true", help="no grids")
+    parser.add_argument("--data-based", action="store_true", help="RegMean and Fisher merging too")
     parser.add_argument("--subsets", action="store_true", help="every selection of two or three experts too")
     parser.add_argument("--orders", action="store_true", help="OPCM in every order too")
     parser.add_argument("--work", type=Path, help="keep the last output in this folder")
@@ -174,6 +205,8 @@ def main() -> None:
         rows = [Row(name, "", bench.test(bench.models / name)) for name in (BASE, *EXPERTS)]
         for method in args.methods:
             rows += bench.rows(method, [] if args.defaults else grid_of(method))
+        for method in DATA_BASED if args.data_based else ():
+            rows += bench.with_statistics(method)
         kept["methods"] = [vars(row) for row in rows]
         shown = [[row.what, row.setting, *(f"{value:.2f}" for value in row.values)] for row in rows]
         table("Perplexity on the test texts", ["", "setting", *DOMAINS, "mean", "prose"], shown)

@@ -19,7 +19,7 @@ from weightworks.engine.machine import one_thread
 from weightworks.engine.mergejob import MergeJob
 from weightworks.engine.mergeplan import Part
 
-SAMPLE = 1 << 17  # elements of a tensor that are looked at
+SAMPLE = 1 << 16  # elements of a tensor that are looked at
 STRETCHES = 4  # places of a tensor they come from
 
 

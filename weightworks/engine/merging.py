@@ -25,8 +25,8 @@ from weightworks.stage.merging import STATE, Slab, Survey
 from weightworks.store.writer import CheckpointWriter
 
 JOURNAL_BYTES = 256 << 20  # of output between two journal entries: little is lost, the disk is not kept waiting
-SLAB = 1 << 16  # elements of a slab to be merged: what is done to it in several steps stays in the processor's cache
-AHEAD = 1 << 18  # elements that are read of a file at a time
+SLAB = 1 << 17  # elements of a slab to be merged: what is done to it in several steps stays in the processor's cache
+AHEAD = 1 << 17  # elements that are read of a file at a time
 LOOK = 1 << 20  # of a slab that is surveyed: its figures, such as histograms, are large beside fewer
 HELD = 1 << 26  # elements of all inputs' slabs together
 NOTED = 1 << 12  # numbers that sums may have to be journalled before a survey is over

@@ -145,7 +145,9 @@ class Checkpoint:
             tensor = flat[start : start + math.prod(shape)].reshape(shape).clone()
         else:
             empty = torch.empty(shape, dtype=info.dtype)
-            tensor = read_bytes(self.root / info.shard, info.offset + skip, empty)
+            tensor = read_bytes(
+                f"{self.root}/{info.shard}", info.offset + skip, empty
+            )  # a Path takes longer than the read
         return tensor if dtype is None else tensor.to(dtype)
 
     @cached_property

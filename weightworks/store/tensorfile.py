@@ -139,18 +139,20 @@ def _entry(path: Path, name: str, entry: Mapping[str, Any], base: int) -> Tensor
     return TensorInfo(name, spec.shape, spec.dtype, spec.nbytes, path.name, base + int(begin))
 
 
-def read_bytes(path: Path, offset: int, out: torch.Tensor) -> torch.Tensor:
+def read_bytes(path: str | Path, offset: int, out: torch.Tensor) -> torch.Tensor:
     """Fill the contiguous tensor ``out`` with the file's bytes from ``offset`` on."""
     if out.numel() == 0:
         return out
-    view = bytes_of(out)
-    with path.open("rb", buffering=0) as file:
-        file.seek(offset)
+    view, place = bytes_of(out), offset
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
         while view.nbytes:
-            count = file.readinto(view)
+            count = os.preadv(descriptor, [view], place)
             if not count:
                 raise CheckpointError(f"{path}: ended {view.nbytes:,} bytes early while reading at offset {offset:,}")
-            view = view[count:]
+            view, place = view[count:], place + count
+    finally:
+        os.close(descriptor)
     return out
 
 

@@ -28,6 +28,7 @@ from weightworks.store.journal import JOURNAL, difference, read_journal
 from weightworks.store.shards import file_bytes, plan_shards
 from weightworks.store.tensorfile import TensorInfo, TensorSpec, build_header, read_bytes, write_bytes
 
+READ_BYTES = 1 << 20  # read back at a time: both digests find them in the processor's cache
 COPY_BYTES = 16 << 20  # rows copied at a time: large enough for the disk, small beside a block
 
 
@@ -273,13 +274,14 @@ class CheckpointWriter:
             hashlib.sha256(header),
             "the disk or its cache is faulty; the staging folder is left for inspection",
         )
+        buffer = memoryview(bytearray(READ_BYTES))
         with path.open("rb", buffering=0) as file:
             if file.read(len(header)) != header:
                 raise VerificationError(f"{path}: its header read back differs from what was written", hint=hint)
             for info in infos:
                 one, left = xxhash.xxh3_128(), info.nbytes
                 while left:
-                    piece = file.read(min(left, COPY_BYTES))
+                    piece = buffer[: file.readinto(buffer[: min(left, READ_BYTES)])]
                     if not piece:
                         raise VerificationError(f"{path}: ends inside tensor '{info.name}'", hint=hint)
                     one.update(piece)
