@@ -63,7 +63,7 @@ def elected(deltas: Sequence[torch.Tensor], tied: float) -> torch.Tensor:
     for delta in deltas[1:]:
         signs.add_(delta)
     signs.sign_()
-    return signs if tied == 0 else signs.masked_fill_(signs == 0, tied)
+    return signs if tied == 0 else signs.add_(tied / 2).sign_()
 
 
 def agreeing(
@@ -81,7 +81,9 @@ def agreeing(
         total.add_(delta.mul_(signs).clamp_(min=0), alpha=weight)
         if divisor is not None:
             divisor.add_(delta.sign_(), alpha=share)
-    if divisor is not None:
+    if divisor is not None and min(shares) >= 0:
+        total.div_(torch.threshold_(divisor, NOTHING, 1.0))  # several times faster than a mask
+    elif divisor is not None:
         total.div_(divisor.masked_fill_(divisor.abs() < NOTHING, 1.0))
     return total.mul_(signs)
 

@@ -74,8 +74,7 @@ class Method:
 
     def _signs(self, slab: Slab, found: Any) -> Mapping[str, torch.Tensor]:
         signs = elected(self._trimmed(slab, found), 0.0)
-        positive = torch.count_nonzero(signs.clamp(min=0))
-        return {"majority": 2 * positive - torch.count_nonzero(signs)}
+        return {"majority": signs.sum(dtype=torch.float64).long()}
 
     def merge(self, slab: Slab, found: Any) -> torch.Tensor:
         options = self.options

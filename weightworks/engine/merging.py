@@ -23,6 +23,7 @@ from weightworks.engine.mergeplan import Part
 from weightworks.errors import MethodError, VerificationError
 from weightworks.stage.merging import STATE, Slab, Survey
 from weightworks.store.writer import CheckpointWriter
+from weightworks.stream.memory import kept_for_reuse
 
 JOURNAL_BYTES = 256 << 20  # of output between two journal entries: little is lost, the disk is not kept waiting
 SLAB = 1 << 17  # elements of a slab to be merged: what is done to it in several steps stays in the processor's cache
@@ -118,7 +119,7 @@ class Merging:
         if whole or self.job.device.type != "cpu":
             yield map
             return
-        with one_thread():
+        with one_thread(), kept_for_reuse():
             pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
             try:
                 yield pool.map

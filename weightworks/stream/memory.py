@@ -8,7 +8,8 @@ from contextlib import contextmanager
 
 import torch
 
-MMAP_THRESHOLD = -3  # M_MMAP_THRESHOLD of malloc.h
+TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of malloc.h
+KEPT = 64 << 20  # bytes that may lie free at the end of the heap
 SMALL, LARGE = 1 << 20, 32 << 20  # bytes; the larger is what glibc's own threshold grows to
 
 
@@ -24,6 +25,22 @@ def release() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
+
+
+@contextmanager
+def kept_for_reuse() -> Iterator[None]:
+    """Freed blocks of up to megabytes stay with the process: a loop that needs the same again does not pay its page faults."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None:
+        yield
+        return
+    mallopt(MMAP_THRESHOLD, LARGE)
+    mallopt(TRIM_THRESHOLD, KEPT)
+    try:
+        yield
+    finally:
+        mallopt(TRIM_THRESHOLD, 2 * LARGE)
+        release()
 
 
 @contextmanager
