@@ -85,9 +85,9 @@ def material(stage: Stage, inputs: Mapping[str, Any], digests: Digests) -> dict[
 
 def reads_text(method: Any) -> bool:
     """Whether a method, or a survey it asks for, looks at the inputs that a calibration text makes."""
-    changes = hasattr(method, "solve") or hasattr(method, "apply")  # the surveys of merges are others
-    surveys = method.surveys() if changes and hasattr(method, "surveys") else ()
-    return hasattr(method, "watch") or any(survey.watch is not None for survey in surveys)
+    merges = hasattr(method, "merge")  # their surveys are others
+    surveys = method.surveys() if hasattr(method, "surveys") and not merges else ()
+    return hasattr(method, "watch") or hasattr(method, "trace") or any(survey.watch is not None for survey in surveys)
 
 
 def calibration(dataset: str, digests: Digests) -> Any:
