@@ -104,9 +104,10 @@ def has_one_shape(trial: Trial, folder: Path) -> None:
     demand(getattr(method, "options", None) == options, f"{label}: Method(options).options are not these options")
     if trial.entry.kind in ("quantize", "prune"):
         shapes = [("apply",), ("watch", "solve"), ("trace", "traced", "answer")]
-        has = [" and ".join(names) for names in shapes if all(hasattr(method, name) for name in names)]
-        demand(bool(has), f"{label}: Method has neither `apply`, nor `watch` and `solve`, nor `trace` and `answer`")
-        demand(len(has) == 1, f"{label}: Method has {', and also '.join(has)}: which is meant?")
+        said = [" and ".join(f"`{name}`" for name in names) for names in shapes]
+        has = [words for words, names in zip(said, shapes, strict=True) if all(hasattr(method, name) for name in names)]
+        demand(bool(has), f"{label}: Method has neither {', nor '.join(said)}")
+        demand(len(has) == 1, f"{label}: Method has {', and '.join(has)}: which is meant?")
         with told(f"{label}: Method.scheme() fails"):
             scheme = method.scheme()
         needed = scheme is not None or trial.entry.kind == "prune"
