@@ -31,6 +31,8 @@ METHODS = {
     "wanda + owl": ["--method", "wanda", "--budget", "owl"],
     "wanda + dsnot": ["--method", "wanda", "--repair", "dsnot"],
     "ria": ["--method", "ria"],
+    "obert": ["--method", "obert"],
+    "obert, matrix-free": ["--method", "obert", "--fisher", "matrix-free"],
     "sparsegpt, as published": ["--method", "sparsegpt", "--act-order", "none", "--refine", "0"],
     "sparsegpt": ["--method", "sparsegpt"],
     "sparsegpt + owl": ["--method", "sparsegpt", "--budget", "owl"],
