@@ -1,15 +1,19 @@
 """The empirical Fisher matrix of a weight, F = lam I + (1/m) sum g g', and what surgeons ask of it; never whole.
 
-Two forms. Blocks: F is taken as block-diagonal, blocks of B consecutive weights, and its inverse is kept up to date with
-every gradient (oBERT, arXiv:2203.07259, section 3.2). Matrix-free: the gradients are kept, and the whole of F is used
+Two forms. Blocks: F is taken as block-diagonal, blocks of B consecutive weights (oBERT,
+arXiv:2203.07259, section 3.2). Matrix-free: the gradients are kept, and the whole of F is used
 through an m x m matrix (M-FAC, arXiv:2107.03356; its recursion is the same inverse, here by Woodbury's identity).
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Protocol
 
 import torch
+
+GATHERED = 16  # gradients that are added to blocks at once
+PART = 1 << 20  # elements of blocks that are inverted at a time
 
 
 class Fisher(Protocol):
@@ -26,38 +30,71 @@ class Fisher(Protocol):
 
 
 class Blocks:
-    """inv(F) by blocks of ``size`` weights, [d / size, size, size]; ``count`` gradients will come."""
+    """F by blocks of ``size`` weights, [d / size, size, size]; ``count`` gradients will come.
+
+    The released code keeps inv(F), updated with every gradient (Sherman-Morrison). F itself takes several gradients in one
+    product, which reads and writes the matrices that many times less, and loses nothing when ``damping`` is small.
+    """
 
     def __init__(
         self, elements: int, size: int, count: int, damping: float, device: torch.device | str = "cpu"
     ) -> None:
         blocks = -(-elements // size)
-        self.elements, self.size, self.count = elements, size, count
-        self.inverse = torch.eye(size, device=device).div_(damping).repeat(blocks, 1, 1)
+        self.elements, self.size, self.count, self.damping = elements, size, count, damping
+        self.matrix = torch.zeros(blocks, size, size, device=device)
+        self.waiting = torch.zeros(min(GATHERED, count), blocks, size, device=device)
+        self.seen = 0
 
-    def _cut(self, flat: torch.Tensor) -> torch.Tensor:
-        """``flat`` [d] in blocks [blocks, size], the last one filled up with zeros."""
-        missing = self.inverse.shape[0] * self.size - self.elements
-        return torch.nn.functional.pad(flat.flatten(), (0, missing)).view(-1, self.size)
+    @staticmethod
+    def nbytes(elements: int, size: int, count: int) -> int:
+        """What such an object holds."""
+        return 4 * -(-elements // size) * size * (size + min(GATHERED, count))
 
     def add(self, gradient: torch.Tensor) -> None:
-        g = self._cut(gradient)
-        v = (self.inverse @ g.unsqueeze(-1)).squeeze(-1)  # [blocks, size]
-        scale = (self.count + (g * v).sum(-1)).rsqrt()  # [blocks]
-        v.mul_(scale[:, None])
-        self.inverse.baddbmm_(v.unsqueeze(-1), v.unsqueeze(1), alpha=-1)
+        place = self.seen % len(self.waiting)
+        self.waiting[place].view(-1)[: self.elements] = gradient.flatten()
+        self.seen += 1
+        if place + 1 == len(self.waiting):
+            self._gather(place + 1)
+
+    def _gather(self, waiting: int) -> None:
+        """Add the products of the gradients that are ``waiting``."""
+        g = self.waiting[:waiting]  # [waiting, blocks, size]
+        self.matrix.baddbmm_(g.permute(1, 2, 0), g.transpose(0, 1), alpha=1 / self.count)
+
+    def _parts(self) -> Iterator[tuple[slice, torch.Tensor]]:
+        """Some blocks after the other: which, and their F in float64."""
+        if left := self.seen % len(self.waiting):
+            self._gather(left)
+            self.seen = 0
+        step = max(1, PART // self.size**2)
+        for start in range(0, len(self.matrix), step):
+            part = slice(start, start + step)
+            matrix = self.matrix[part].double()
+            diagonal = matrix.diagonal(dim1=-2, dim2=-1)  # [blocks, size]
+            rounding = torch.finfo(torch.float32).eps * diagonal.sum(-1, keepdim=True)  # of the sums in float32
+            diagonal += self.damping + rounding
+            yield part, matrix
 
     def inverse_diagonal(self) -> torch.Tensor:
-        return self.inverse.diagonal(dim1=-2, dim2=-1).flatten()[: self.elements]
+        found = torch.empty(self.matrix.shape[:2], device=self.matrix.device)
+        for part, matrix in self._parts():
+            inverse = torch.cholesky_inverse(torch.linalg.cholesky(matrix))
+            found[part] = inverse.diagonal(dim1=-2, dim2=-1).float()
+        return found.flatten()[: self.elements]
 
     def updated(self, weight: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """dw = -inv(F)[:, P] inv(inv(F)[P, P]) w_P, block by block."""
-        w, gone = self._cut(weight), self._cut((~mask).float())
-        system = self.inverse * gone[:, :, None] * gone[:, None, :]
-        system.diagonal(dim1=-2, dim2=-1).add_(1 - gone)
-        solved = torch.linalg.solve(system, w * gone)  # zero where kept
-        change = (self.inverse @ solved.unsqueeze(-1)).squeeze(-1)
-        return (w - change).masked_fill_(gone.bool(), 0).flatten()[: self.elements]
+        """dw_K = inv(F_KK) F_KP w_P, block by block."""
+        missing = self.matrix.shape[0] * self.size - self.elements
+        w, kept = (torch.nn.functional.pad(flat, (0, missing)).view(-1, self.size) for flat in (weight, mask))
+        result = w.masked_fill(~kept, 0)
+        for part, matrix in self._parts():
+            stays, gone = kept[part], (w[part] - result[part]).double()
+            pull = (matrix @ gone[..., None]).masked_fill_(~stays[..., None], 0)  # [blocks, size, 1]
+            matrix.masked_fill_(~(stays[:, :, None] & stays[:, None]), 0)
+            matrix.diagonal(dim1=-2, dim2=-1).masked_fill_(~stays, 1)
+            result[part] += torch.cholesky_solve(pull, torch.linalg.cholesky(matrix))[..., 0].float()
+        return result.flatten()[: self.elements]
 
 
 class Free:

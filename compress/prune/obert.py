@@ -36,7 +36,10 @@ class Method(Pruner):
     """oBERT as a method of gradients."""
 
     def traced(self, elements: int, count: int) -> int:
-        return 4 * elements * (self.options.fisher_block if self.options.fisher == "blocks" else count)
+        options = self.options
+        return (
+            Blocks.nbytes(elements, options.fisher_block, count) if options.fisher == "blocks" else 4 * elements * count
+        )
 
     def trace(self, elements: int, count: int, device: torch.device) -> Fisher:
         options = self.options
