@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from _measure import note, table
 from _ours import fresh, work_folder
 from _perplexity import geometric_mean, perplexities, windows_of
-
 from compress import prune
 
 DOMAINS = ("prose", "scripture", "drama", "math", "code")
