@@ -141,30 +141,28 @@ class Moments:
 
 
 class Pairs:
-    """The best two of four, for groups of columns whose blocks of Q are ``systems`` [..., 4, 4].
+    """The best two of four, for groups of columns whose blocks of Q are ``systems`` [K, groups, 4, 4].
 
     With f the gradient of a group at zero and a its column of A, a pair costs least at x = -inv(Q_pair) f / |a|^2, where it
     gains f' inv(Q_pair) f / |a|^2.
     """
 
     def __init__(self, systems: torch.Tensor) -> None:
-        self.inverses = torch.zeros(*systems.shape[:-2], len(PAIRS), GROUP, GROUP, device=systems.device)
+        inverses = torch.zeros(
+            *systems.shape[:-1], len(PAIRS), GROUP, device=systems.device
+        )  # [K, groups, 4, pairs, 4]
         for number, (x, y) in enumerate(PAIRS):
-            a, d, o = (systems[..., x, x] + PAIR_DAMPING, systems[..., y, y] + PAIR_DAMPING, systems[..., x, y])
+            a, d, o = systems[..., x, x] + PAIR_DAMPING, systems[..., y, y] + PAIR_DAMPING, systems[..., x, y]
             determinant = a * d - o * o
-            places = ((x, x, d), (y, y, a), (x, y, -o), (y, x, -o))
-            for row, column, value in places:
-                self.inverses[..., number, row, column] = value / determinant
-        self.gains = self.inverses.flatten(-2).mT  # [..., 16, pairs]
-        self.values = self.inverses.movedim(-2, -3).flatten(-2)  # [..., 4, pairs 4]
+            for row, column, value in ((x, x, d), (y, y, a), (x, y, -o), (y, x, -o)):
+                inverses[..., row, number, column] = value / determinant
+        self.inverses = [one.contiguous() for one in inverses.flatten(-2).unbind(1)]  # [K, 4, pairs 4] a group
 
-    def best(self, f: torch.Tensor, energy: torch.Tensor, group: int) -> torch.Tensor:
-        """The best values [K, n, 4] of group ``group`` from f [K, n, 4]; ``energy`` [n, 1] is |a|^2."""
-        outer = (f.unsqueeze(-1) * f.unsqueeze(-2)).flatten(-2)  # [K, n, 16]
-        chosen = torch.bmm(outer, self.gains[:, group]).argmax(-1)  # [K, n]
-        values = torch.bmm(f, self.values[:, group]).unflatten(-1, (len(PAIRS), GROUP))  # [K, n, pairs, 4]
-        index = chosen[..., None, None].expand(*chosen.shape, 1, GROUP)
-        return values.gather(-2, index).squeeze(-2) / -(energy + ROW_DAMPING)
+    def best(self, f: torch.Tensor, group: int) -> torch.Tensor:
+        """inv(Q_pair) f [K, n, 4] of the pair that gains most, for group ``group`` and f [K, n, 4]."""
+        values = torch.bmm(f, self.inverses[group]).view(*f.shape[:-1], len(PAIRS), GROUP)
+        chosen = (values * f.unsqueeze(-2)).sum(-1).argmax(-1)  # [K, n]
+        return values.gather(-2, chosen[..., None, None].expand(*chosen.shape, 1, GROUP)).squeeze(-2)
 
 
 def core_step(weight: torch.Tensor, energy: torch.Tensor, parts: Parts) -> torch.Tensor:
@@ -174,18 +172,22 @@ def core_step(weight: torch.Tensor, energy: torch.Tensor, parts: Parts) -> torch
     """
     moments = Moments.of(weight, energy, parts)
     core, gradient = parts.core.clone(), moments.gradient(parts.core)
-    size = core.shape[-1]
-    pairs = Pairs(groups_of(moments.columns))
+    count, _, size, _ = core.shape
+    systems = groups_of(moments.columns)  # [K, groups, 4, 4]
+    pairs = Pairs(systems)
+    later = [moments.columns[:, place : place + GROUP, place + GROUP :].contiguous() for place in range(0, size, GROUP)]
     for i in range(size):
-        a, row, pull = moments.rows[:, i, i, None], core[:, :, i], gradient[:, :, i].clone()  # [J, 1], [K, J, b] twice
-        before = row.clone()
+        a = moments.rows[:, i, i, None]  # [J, 1]
+        before, after = core[:, :, i].clone(), core[:, :, i]  # [K, J, b]
+        own = before.view(count, -1, size // GROUP, 1, GROUP) @ systems[:, None]  # [K, J, groups, 1, 4]
+        f = gradient[:, :, i] - a * own.flatten(2)  # without the group itself
+        shrink = -1 / (a + ROW_DAMPING)
         for group, place in enumerate(range(0, size, GROUP)):
-            here, later = slice(place, place + GROUP), slice(place + GROUP, size)
-            f = pull[..., here] - a * torch.bmm(row[..., here], moments.columns[:, here, here])
-            row[..., here] = pairs.best(f, a, group)
-            moved = a * (row[..., here] - before[..., here])
-            pull[..., later].baddbmm_(moved, moments.columns[:, here, later])
-        change = torch.bmm(row - before, moments.columns)  # [K, J, b]
+            here = slice(place, place + GROUP)
+            new = pairs.best(f[..., here], group).mul_(shrink)
+            after[..., here] = new
+            f[..., here.stop :].baddbmm_(new.sub_(before[..., here]).mul_(a), later[group])
+        change = torch.bmm(after - before, moments.columns)  # [K, J, b]
         gradient += moments.rows[:, :, i, None] * change[:, :, None]
     return core
 

@@ -24,7 +24,7 @@ from weightworks.plan.keys import reads_text
 from weightworks.report.progress import Progress
 from weightworks.stage import catalog
 from weightworks.stage.settings import Settings
-from weightworks.store.checkpoint import Checkpoint
+from weightworks.store.checkpoint import FACTORS, Checkpoint
 from weightworks.store.manifest import changed_files, read_provenance
 from weightworks.store.writer import CheckpointWriter, check_target
 from weightworks.stream.builtin import verification_text
@@ -321,7 +321,8 @@ def resolved(job: Job, calibration: Calibration | None, dtype: torch.dtype) -> d
 def sizes(job: Job, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Bytes before and after, and true bits a weight of the changed layers (packed codes, scales, zero points).
 
-    Of what was pruned also how many weights stay, what the masks take, and what the folder would as bits and values.
+    Of what was pruned also how many weights stay, what the masks take, and what the folder would as bits and values; of
+    what is a product, what its factors take, and what the model would with them in place of it.
     """
     weights = sum(linear.shape[0] * linear.shape[1] for linear in job.linears.values())
     changed = sum(spec.nbytes for linear in job.linears.values() for spec in job.specs_of(linear))
@@ -333,7 +334,14 @@ def sizes(job: Job, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "bits_a_weight": 8 * changed / weights,
         "ratio": job.checkpoint.nbytes / bytes_out,
     }
-    if job.side:
+    if FACTORS in job.side:
+        factors = sum(spec.nbytes for spec in job.side[FACTORS])
+        facts |= {
+            "factored_weights": weights,
+            "factors_bytes": factors,
+            "factored_bytes": bytes_out - changed + factors,
+        }
+    elif job.side:
         kept = {row["tensor"]: row["kept"] for row in rows}
         masks = sum(spec.nbytes for members in job.side.values() for spec in members)
         values = sum(count * job.linears[name].dtype.itemsize for name, count in kept.items())

@@ -15,6 +15,7 @@ import torch
 
 from weightworks.options import Options
 from weightworks.stage.settings import Settings
+from weightworks.store.factors import Factors
 from weightworks.store.packing import IntScheme, Quantized
 
 
@@ -24,7 +25,7 @@ class Target:
 
     ``name`` is the checkpoint tensor; ``scale_dtype`` the dtype scales are stored in; ``min_zero`` the smallest zero
     point the container can hold. ``block`` is the number of the decoder block it is in. ``keep`` is how many of its
-    weights stay, where surveys have shared that out over the model.
+    weights stay, where surveys have shared that out over the model. ``dtype`` is that of a dense result.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Target:
     min_zero: int = 0
     block: int = 0
     keep: int | None = None
+    dtype: torch.dtype = torch.float32
 
 
 @dataclass
@@ -40,13 +42,15 @@ class Solution:
 
     ``weight`` is quantized, or a dense float32 [out, in]. ``facts`` are figures by name. ``fallbacks`` say in words where
     the method could not be applied as asked: they reach the report, the model card, and ``--strict``. ``mask`` bool
-    [out, in] of a method that prunes is True where a weight is kept; where it is not, ``weight`` is zero.
+    [out, in] of a method that prunes is True where a weight is kept; where it is not, ``weight`` is zero. ``factors`` are
+    what ``weight`` is the product of, in the target's dtype, of a method that is :class:`Factoring`.
     """
 
     weight: Quantized | torch.Tensor
     facts: dict[str, Any] = field(default_factory=dict)
     fallbacks: list[str] = field(default_factory=list)
     mask: torch.Tensor | None = None
+    factors: Factors | None = None
 
     def dense(self) -> torch.Tensor:
         """The weight in float32 [out, in]."""
@@ -145,6 +149,13 @@ class Pruning(Protocol):
 
     def surveys(self) -> Sequence[Survey]:
         """What must be known of the whole model first."""
+
+
+class Factoring(Protocol):
+    """What a method has whose results are products of factors, which are kept beside the weights."""
+
+    def factored(self, shape: tuple[int, int]) -> int:
+        """The side of the blocks of the factors of a weight of this shape [out, in]."""
 
 
 @dataclass(frozen=True, slots=True)

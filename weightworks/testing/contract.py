@@ -113,7 +113,8 @@ def has_one_shape(trial: Trial, folder: Path) -> None:
         needed = scheme is not None or trial.entry.kind == "prune"
         demand(needed, f"{label}: Method.scheme() is None, so nothing would be quantized")
     if trial.entry.kind == "prune":
-        demand(getattr(method, "masks", None) is True, f"{label}: Method.masks is not True, so no mask would be kept")
+        kept = getattr(method, "masks", None) is True or hasattr(method, "factored")
+        demand(kept, f"{label}: Method.masks is not True, so no mask would be kept, nor has it `factored`")
         callables = all(callable(getattr(method, name, None)) for name in ("refusal", "surveys"))
         demand(callables, f"{label}: Method has no `refusal` and `surveys`")
 
