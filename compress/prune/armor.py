@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from pydantic import Field
@@ -20,7 +20,9 @@ from compress.prune._pruner import told
 from compress.schemes import ALWAYS_IGNORED, IGNORE, Patterns
 from weightworks.options import Options as BaseOptions
 from weightworks.stage.protocols import Solution, Survey, Target
-from weightworks.store.factors import KEPT, OF, Factors
+
+if TYPE_CHECKING:
+    from weightworks.store.factors import Factors
 
 PAPER = "Liu et al. 2025, arXiv:2510.05528"
 VERSION = 1
@@ -103,7 +105,9 @@ class Method:
 
 def folded(parts: _armor.Parts, rows: torch.Tensor, columns: torch.Tensor) -> Factors:
     """The factors of the weight itself: the norms r [out] go into A, c [in] into B, so that W = (A S B)_ij r_i c_j."""
+    from weightworks.store.factors import Factors  # brings all of torch
+
     size = parts.right.shape[-1]
     core = _armor.whole(parts.core)
-    mask = pattern_mask(core.abs(), Pattern(KEPT, OF))  # two of every four also where values are zero
+    mask = pattern_mask(core.abs(), Pattern(2, 4))  # two of every four also where values are zero
     return Factors(parts.left * rows.view(-1, size, 1), core, mask, parts.right * columns.view(-1, 1, size))

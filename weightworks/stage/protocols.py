@@ -9,14 +9,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
 from weightworks.options import Options
 from weightworks.stage.settings import Settings
-from weightworks.store.factors import Factors
 from weightworks.store.packing import IntScheme, Quantized
+
+if TYPE_CHECKING:
+    from weightworks.store.factors import Factors
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +35,7 @@ class Target:
     min_zero: int = 0
     block: int = 0
     keep: int | None = None
-    dtype: torch.dtype = torch.float32
+    dtype: torch.dtype = field(default_factory=lambda: torch.float32)  # read when first made: torch loads late
 
 
 @dataclass
