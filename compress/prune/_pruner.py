@@ -20,6 +20,7 @@ class Pruner:
     """The parts of a pruning method that do not depend on its score."""
 
     masks = True
+    together = True  # as the papers do it: what a block's inputs are before it is pruned
 
     def __init__(self, options: Any) -> None:
         self.options = options
@@ -84,7 +85,7 @@ def select(scores: torch.Tensor, target: Target, options: SparsityOptions, scope
 
 def masked(weight: torch.Tensor, mask: torch.Tensor, facts: dict[str, Any], fallbacks: Sequence[str] = ()) -> Solution:
     """``weight`` with zeros where ``mask`` has none, as a method's answer."""
-    kept = weight.masked_fill(~mask, 0)
+    kept = (weight * mask).add_(0)  # zeros lose their signs
     before, after = (float(w.norm()) for w in (weight, kept))
     facts = {**facts, "relative_weight_error": max(0.0, 1 - (after / before) ** 2) if before > 0 else 0.0}
     return Solution(kept, facts, list(fallbacks), mask)

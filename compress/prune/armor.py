@@ -52,6 +52,7 @@ class Method:
     """ARMOR as a blockwise method."""
 
     masks = False  # the product is dense
+    together = True
 
     def __init__(self, options: Options) -> None:
         self.options = options

@@ -196,7 +196,9 @@ def _inputs(linears: Sequence[Linear]) -> dict[tuple[str, int], list[Linear]]:
 
 
 def _stage_statistics(job: Job, block: Sequence[Linear]) -> int:
-    """Bytes of the statistics that one pass over a block can gather: of one input, or of one an expert."""
+    """Bytes of the statistics that one pass over a block can gather: of all inputs, of one, or of one an expert."""
+    if job.together:
+        return sum(job.held(width) for _, width in _inputs(block))
     sums: dict[tuple[str, int], int] = {}
     for part, width in _inputs(block):
         alike = re.sub(r"\d+", "*", part), width

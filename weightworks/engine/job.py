@@ -100,6 +100,11 @@ class Job:
         return int(self.method.working(columns)) if hasattr(self.method, "working") else 0
 
     @property
+    def together(self) -> bool:
+        """Whether the method wants the inputs of a whole block as the unchanged block makes them."""
+        return bool(getattr(self.method, "together", False))
+
+    @property
     def second_moments(self) -> bool:
         """Whether the method gathers the second moments of inputs, factors them and sweeps with the factor."""
         return hasattr(self.method, "solve") and not hasattr(self.method, "held")

@@ -70,7 +70,9 @@ class Blockwise(Protocol):
     """A method that looks at the inputs of each linear of a block, then replaces its weight.
 
     One whose statistics take other than the 4 in^2 bytes of a matrix of second moments says so by ``held(columns)``, one
-    that needs more beside them while it solves by ``working(columns)``.
+    that needs more beside them while it solves by ``working(columns)``. With ``together = True`` all inputs of a block are
+    watched before any of its weights is replaced, in one pass where memory allows; else a linear is watched when those it
+    depends on have their new weights.
     """
 
     options: Options
