@@ -41,6 +41,9 @@ METHODS: dict[str, dict[str, Any]] = {
     "sparsegpt": {"method": "sparsegpt"},
     "sparsegpt + owl": {"method": "sparsegpt", "budget": "owl"},
     "sparsegpt + dsnot": {"method": "sparsegpt", "repair": "dsnot"},
+    "armor, blocks of 16": {"method": "armor", "block_size": 16},
+    "armor, blocks of 32": {"method": "armor", "block_size": 32},
+    "armor, blocks of 64": {"method": "armor"},
 }
 
 
@@ -59,12 +62,14 @@ class Case:
 
     @property
     def options(self) -> dict[str, Any]:
-        amount = {"pattern": self.pattern} if ":" in self.pattern else {"sparsity": float(self.pattern)}
+        amount: dict[str, Any] = {"pattern": self.pattern} if ":" in self.pattern else {"sparsity": float(self.pattern)}
         return {**METHODS[self.method], **amount}
 
 
 def possible(method: str, pattern: str) -> bool:
-    """N:M takes the same share everywhere, so nothing can be shared out."""
+    """N:M takes the same share everywhere, so nothing can be shared out; cores are 2:4."""
+    if "armor" in method:
+        return pattern == "2:4"
     return ":" not in pattern or not ("global" in method or "owl" in method)
 
 
