@@ -161,32 +161,34 @@ def test_gradients_are_those_of_the_whole_model(name: str, tmp_path: Path, monke
     assert any(tensor in state for tensor in kept)
 
 
-MLP = ("--ignore", "*.self_attn.*", "--method", "obert", "--sparsity", "0.7", "-q")
+WORDS = ("--method", "obert", "--sparsity", "0.7", "--fisher-block", "4", *FEW, "-q")
 
 
-def test_it_prunes_and_resumes(compress: Commands, tiny_llama: Path, tmp_path: Path) -> None:
+def test_it_prunes_and_resumes(compress: Commands, tmp_path: Path) -> None:
+    source = ARCHITECTURES["llama"].save(tmp_path / "source")
     (tmp_path / "b").mkdir()
-    whole = compress("prune", tiny_llama, *FEW, *MLP, "-o", "a", "--json", cwd=tmp_path)
+    whole = compress("prune", source, *WORDS, "-o", "a", "--json", cwd=tmp_path)
     assert whole.code == 0, whole.err
     rows = whole.json["report"]
-    assert [row["tensor"] for row in rows] == sorted(
-        (row["tensor"] for row in rows), key=lambda name: name.split(".")[2]
-    )
-    assert all(abs(row["sparsity"] - 0.7) < 1e-4 and row["added_loss"] > 0 for row in rows)
+    blocks = [int(row["tensor"].split(".")[2]) for row in rows]
+    assert blocks == sorted(blocks)
+    assert blocks[-1] > 0
+    assert all(abs(row["sparsity"] - 0.7) < 1e-3 and row["added_loss"] > 0 for row in rows)
     fault = ["signal_at", "weightworks.store.writer:CheckpointWriter.done", 2, {"after": True}]
     for _ in range(12):
-        run = compress("prune", tiny_llama, *FEW, *MLP, "-o", "b/a", cwd=tmp_path, faults=[fault])
+        run = compress("prune", source, *WORDS, "-o", "b/a", cwd=tmp_path, faults=[fault])
         if run.code == 0:
             break
     assert run.code == 0, run.err
+    assert "resuming" in (tmp_path / "b" / "a.run.log").read_text()
     folders = tmp_path / "a", tmp_path / "b" / "a"
     first, second = ({path.name: file_digest(path) for path in folder.iterdir()} for folder in folders)
     assert first == second
 
 
-def test_little_memory_gives_the_same_bytes(compress: Commands, tiny_llama: Path, tmp_path: Path) -> None:
+def test_little_memory_gives_the_same_bytes(compress: Commands, tmp_path: Path) -> None:
     """Traces in several rounds, gradients between blocks on disk."""
-    words = ("prune", tiny_llama, *FEW, *MLP)
+    words = ("prune", ARCHITECTURES["llama"].save(tmp_path / "source"), *WORDS)
     assert compress(*words, "-o", "a", cwd=tmp_path).code == 0
     (tmp_path / "b").mkdir()
     tight = ["planned", {"on_disk": True, "statistics_bytes": 1}]
