@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from cli.render import duration, pairs, show, size
-from weightworks.report.sparsity import run_time, sparsity, weight_on_disk
+from weightworks.report.sparsity import factored_run_time, factors, run_time, sparsity, weight_on_disk
 
 
 def show_estimate(outcome: Any) -> None:
@@ -65,6 +65,9 @@ def worth(facts: dict[str, Any]) -> dict[str, str]:
         told["sparsity"] = sparsity(sizes)
         told["on disk"] = weight_on_disk(sizes)
         told["run time gain"] = run_time(facts["identity"]["options"])
+    if "factored_weights" in sizes:
+        told["on disk"] = factors(sizes)
+        told["run time gain"] = factored_run_time()
     if "quantized_weights" in sizes:
         told["bits a weight"] = f"{sizes['bits_a_weight']:.3f} in {facts['tensors']['transformed']} quantized tensors"
     return told

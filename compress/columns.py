@@ -6,7 +6,7 @@ import torch
 
 
 class Columns:
-    """Sums over inputs in float64, so that neither order nor number of tokens shows.
+    """Sums over inputs: in float32 within a batch, in float64 over batches, so that the number of tokens does not show.
 
     ``tokens`` counts the rows seen, ``dropped`` those of batches left out because they held NaN or infinity.
     """
@@ -19,13 +19,13 @@ class Columns:
 
     def add(self, inputs: torch.Tensor) -> None:
         """Take in ``inputs`` [tokens, in]."""
-        x = inputs.to(self.total.device, torch.float64)
-        squares = x.square().sum(0)
+        x = inputs.to(self.total.device, torch.float32)
+        total, squares = x.sum(0), x.square().sum(0)
         if not torch.isfinite(squares).all():
             self.dropped += x.shape[0]
             return
         self.tokens += x.shape[0]
-        self.total += x.sum(0)
+        self.total += total
         self.squares += squares
 
     def norms(self) -> torch.Tensor:

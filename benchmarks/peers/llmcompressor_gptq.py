@@ -12,25 +12,10 @@ seconds, and bytes for the peak.
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import resource
-import time
 from pathlib import Path
 from typing import Any
 
-os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
-
-
-def read_tokens(path: Path) -> Any:
-    """The calibration windows, int64 [windows, length]."""
-    if path.suffix == ".pt":
-        import torch
-
-        return torch.load(path, weights_only=True)
-    from safetensors.torch import load_file
-
-    return load_file(path)["tokens"]
+from _oneshot import measured, oneshot
 
 
 def recipe(args: argparse.Namespace) -> Any:
@@ -53,36 +38,6 @@ def recipe(args: argparse.Namespace) -> Any:
     return GPTQModifier(config_groups=groups, ignore=["lm_head"], **order)
 
 
-def quantize(args: argparse.Namespace) -> None:
-    """Calibrate, quantize, save packed."""
-    from llmcompressor import oneshot
-
-    calibration: dict[str, Any] = {}
-    if args.method == "gptq":
-        from datasets import Dataset
-
-        rows = read_tokens(args.tokens).tolist()
-        dataset = Dataset.from_dict({"input_ids": rows, "attention_mask": [[1] * len(row) for row in rows]})
-        calibration = {
-            "dataset": dataset,
-            "num_calibration_samples": len(rows),
-            "max_seq_length": len(rows[0]),
-            "shuffle_calibration_samples": False,
-        }
-    oneshot(model=str(args.model), recipe=recipe(args), output_dir=str(args.out), save_compressed=True, **calibration)
-
-
-def usage(wall: float, import_wall: float) -> dict[str, float]:
-    """What this process and its children took: seconds, bytes."""
-    own, children = resource.getrusage(resource.RUSAGE_SELF), resource.getrusage(resource.RUSAGE_CHILDREN)
-    return {
-        "wall": round(wall, 3),
-        "cpu": round(own.ru_utime + own.ru_stime + children.ru_utime + children.ru_stime, 3),
-        "peak_rss": max(own.ru_maxrss, children.ru_maxrss) * 1024,  # Linux counts in KiB
-        "import_wall": round(import_wall, 3),
-    }
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
@@ -94,12 +49,8 @@ def main() -> None:
     parser.add_argument("--sym", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--act-order", choices=["static", "none", "group", "weight"], default="static")
     args = parser.parse_args()
-    start = time.perf_counter()
-    import llmcompressor  # noqa: F401
-
-    import_wall = time.perf_counter() - start
-    quantize(args)
-    print(json.dumps(usage(time.perf_counter() - start, import_wall)), flush=True)
+    tokens = args.tokens if args.method == "gptq" else None
+    measured(lambda: oneshot(args.model, recipe(args), args.out, tokens, save_compressed=True))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,6 +20,7 @@ class Pruner:
     """The parts of a pruning method that do not depend on its score."""
 
     masks = True
+    together = True  # as the papers do it: what a block's inputs are before it is pruned
 
     def __init__(self, options: Any) -> None:
         self.options = options
@@ -34,14 +36,14 @@ class Pruner:
         return [owl(self.options)] if self.options.budget == "owl" else []
 
 
-class Scored(Pruner):
+class Scored(Pruner, ABC):
     """A blockwise method that is a score of each weight and its input, and leaves the kept weights as they are."""
 
     scope: Scope = "row"
 
+    @abstractmethod
     def score(self, weight: torch.Tensor, columns: Columns) -> torch.Tensor:
         """How much each of ``weight`` [out, in] is worth, [out, in], at least 0."""
-        raise NotImplementedError
 
     def held(self, columns: int) -> int:
         return 16 * columns
@@ -83,7 +85,7 @@ def select(scores: torch.Tensor, target: Target, options: SparsityOptions, scope
 
 def masked(weight: torch.Tensor, mask: torch.Tensor, facts: dict[str, Any], fallbacks: Sequence[str] = ()) -> Solution:
     """``weight`` with zeros where ``mask`` has none, as a method's answer."""
-    kept = weight.masked_fill(~mask, 0)
+    kept = (weight * mask).add_(0)  # zeros lose their signs
     before, after = (float(w.norm()) for w in (weight, kept))
     facts = {**facts, "relative_weight_error": max(0.0, 1 - (after / before) ** 2) if before > 0 else 0.0}
     return Solution(kept, facts, list(fallbacks), mask)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-BAND = 1 << 21  # weights at a time: rows are independent, and five of their size are held
+BAND = 1 << 21  # weights at a time: rows are independent, and six of their size are held
 
 
 def refine(result: torch.Tensor, weight: torch.Tensor, hessian: torch.Tensor, mask: torch.Tensor, steps: int) -> None:
@@ -18,23 +18,28 @@ def refine(result: torch.Tensor, weight: torch.Tensor, hessian: torch.Tensor, ma
     ``hessian`` [in, in] is damped. Every step lowers the loss of every row, until float32 can tell no more.
     """
     height = max(1, BAND // weight.shape[1])
-    for new, old, gone in zip(result.split(height), weight.split(height), (~mask).split(height), strict=True):
-        _descend(new, old, gone, hessian, steps)
+    for new, old, kept in zip(result.split(height), weight.split(height), mask.split(height), strict=True):
+        _descend(new, old, kept, hessian, steps)
 
 
-def _descend(result: torch.Tensor, weight: torch.Tensor, gone: torch.Tensor, hessian: torch.Tensor, steps: int) -> None:
+def _descend(result: torch.Tensor, weight: torch.Tensor, kept: torch.Tensor, hessian: torch.Tensor, steps: int) -> None:
     """:func:`refine` for a band of rows."""
-    diagonal = hessian.diagonal()
-    residual = ((weight - result) @ hessian).masked_fill_(gone, 0)  # [out, in]
-    scaled = residual / diagonal
+    shrink = 1 / hessian.diagonal()  # [in]
+    residual = torch.sub(weight, result) @ hessian  # [out, in]
+    residual *= kept
+    scaled = residual * shrink
     direction = scaled.clone()
     power = (residual * scaled).sum(1)  # [out]
     floor = power * 1e-9
-    for _ in range(steps):
-        step = (direction @ hessian).masked_fill_(gone, 0)
-        length = torch.where(power > floor, power / (direction * step).sum(1).clamp(min=1e-30), 0.0)
-        result += length[:, None] * direction
-        residual -= length[:, None] * step
-        torch.div(residual, diagonal, out=scaled)
+    step = torch.empty_like(residual)
+    for number in range(steps):
+        torch.mm(direction, hessian, out=step)
+        step *= kept
+        length = torch.where(power > floor, power / (direction * step).sum(1).clamp(min=1e-30), 0.0)[:, None]
+        result.addcmul_(length, direction)
+        if number + 1 == steps:
+            break
+        residual.addcmul_(length, step, value=-1)
+        torch.mul(residual, shrink, out=scaled)
         before, power = power, (residual * scaled).sum(1)
-        direction.mul_((power / before.clamp(min=1e-30))[:, None]).add_(scaled)
+        torch.addcmul(scaled, (power / before.clamp(min=1e-30))[:, None], direction, out=direction)

@@ -120,11 +120,13 @@ class Blockwise:
         job.progress.step(summary(rows))
 
     def _solve(self, index: int) -> list[dict[str, Any]]:
-        """All linears of the loaded block, stage by stage; later stages see the earlier ones' new weights."""
+        """All linears of the loaded block: stage by stage, later ones seeing the new weights of earlier ones, or together."""
         first = min(self.windows.batch, self.windows.tokens.shape[0])
         call = self.windows.call(first, self.dtype).blocks[index]
         hidden = self.states.read(0, first).to(self.device)
         stages, never = find_stages(self.skeleton, index, call, hidden, self.job.blocks[index])
+        if self.job.together:
+            stages = [Stage(tuple(group for stage in stages for group in stage.groups))]
         rows = []
         for groups in bounded(stages, self.statistics_bytes, self.job.held):
             statistics = {group.leader: self.method.watch(group.columns, self.device) for group in groups}
@@ -148,7 +150,8 @@ class Blockwise:
         for linear, solution in zip(linears, solutions, strict=True):
             for name, tensor in self.job.stored(linear, solution).items():
                 self.writer.put(name, tensor)
-            write_linear(self.skeleton, index, linear, solution.dense())
+            if not self.job.together:  # the whole block is read back before it runs
+                write_linear(self.skeleton, index, linear, solution.dense())
             rows.append(self.job.row(linear, solution))
         release()
         return rows

@@ -16,6 +16,7 @@ from weightworks.report.progress import Progress
 from weightworks.stage.settings import Settings
 from weightworks.store.checkpoint import INDEX, Checkpoint
 from weightworks.store.dense import DenseView
+from weightworks.store.factors import check_factors
 from weightworks.store.formats import Format
 from weightworks.store.manifest import PROVENANCE
 from weightworks.store.masks import check_masks
@@ -191,7 +192,7 @@ def verify(
     if set(view.names) != expected:
         lost, extra = sorted(expected - set(view.names)), sorted(set(view.names) - expected)
         raise VerificationError(f"tensors do not add up: missing {lost[:5]}, unexpected {extra[:5]}")
-    masks = check_masks(view)
+    masks, factors = check_masks(view), check_factors(view)
     count = len(job.skeleton.blocks)
     memory = in_memory.get("partial")
     if memory is None:
@@ -199,6 +200,8 @@ def verify(
     checks: dict[str, Any] = {"perplexity_in_memory": memory, "blocks_loaded": reload_blocks, "blocks": count}
     if masks is not None:
         checks["masks"] = masks
+    if factors is not None:
+        checks["factors"] = factors
     missing, reference = stock_loader_missing(staged), memory
     checks["dequantize"] = False
     if missing:

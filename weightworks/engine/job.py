@@ -27,8 +27,9 @@ from weightworks.report.progress import Progress
 from weightworks.stage.protocols import Solution, Target
 from weightworks.stage.settings import Settings
 from weightworks.store.adapters import Adapter
-from weightworks.store.checkpoint import MASKS, Checkpoint
+from weightworks.store.checkpoint import FACTORS, MASKS, Checkpoint
 from weightworks.store.dense import DenseView
+from weightworks.store.factors import factor_specs
 from weightworks.store.formats import Format, find_format
 from weightworks.store.manifest import read_provenance
 from weightworks.store.masks import SUFFIX, mask_spec, pack_bits
@@ -97,6 +98,11 @@ class Job:
     def working(self, columns: int) -> int:
         """Bytes needed beside them while weights are solved."""
         return int(self.method.working(columns)) if hasattr(self.method, "working") else 0
+
+    @property
+    def together(self) -> bool:
+        """Whether the method wants the inputs of a whole block as the unchanged block makes them."""
+        return bool(getattr(self.method, "together", False))
 
     @property
     def second_moments(self) -> bool:
@@ -173,7 +179,13 @@ class Job:
 
     @cached_property
     def side(self) -> dict[str, list[TensorSpec]]:
-        """Files of tensors beside the weights: the masks of a method that prunes."""
+        """Files of tensors beside the weights: the masks of a method that prunes, or the factors of one that factors."""
+        if hasattr(self.method, "factored"):
+            sizes = {name: self.method.factored(linear.shape) for name, linear in self.linears.items()}
+            of = self.linears.items()
+            return {
+                FACTORS: [spec for name, one in of for spec in factor_specs(name, one.shape, sizes[name], one.dtype)]
+            }
         if not getattr(self.method, "masks", False):
             return {}
         return {MASKS: [mask_spec(linear.tensor, self._stored_shape(linear)) for linear in self.linears.values()]}
@@ -200,7 +212,7 @@ class Job:
             self.format is not None and self.format.name == "gptq"
         )  # it stores zero - 1, so 0 cannot be held
         place, keep = self.block_of[linear.tensor], self.keeps.get(linear.tensor)
-        return Target(linear.tensor, scale_dtype, int(first_version), place, keep)
+        return Target(linear.tensor, scale_dtype, int(first_version), place, keep, linear.dtype)
 
     def stored(self, linear: Linear, solution: Solution) -> dict[str, torch.Tensor]:
         """The tensors that will stand for a solved weight, and for its mask."""
@@ -213,6 +225,8 @@ class Job:
             if mask is not None:
                 dense = dense.masked_fill(~mask & (dense == 0), 0)  # a zero times a negative scale has a sign
             tensors[linear.tensor] = dense.T.contiguous() if linear.transposed else dense
+        if solution.factors is not None:
+            tensors |= solution.factors.tensors(linear.tensor)
         if mask is not None:
             turned = linear.transposed and self.format is None
             tensors[linear.tensor + SUFFIX] = pack_bits((mask.T if turned else mask).cpu())
@@ -226,6 +240,8 @@ class Job:
         if solution.mask is not None:
             row["kept"] = int(solution.mask.sum())
             row["sparsity"] = 1 - row["kept"] / solution.mask.numel()
+        if solution.factors is not None:
+            row["kept_in_core"] = int(solution.factors.mask.sum())
         names = self.specs_of(linear)
         row["bytes_in"] = linear.shape[0] * linear.shape[1] * linear.dtype.itemsize
         row["bytes_out"] = sum(spec.nbytes for spec in names)

@@ -14,15 +14,17 @@ from weightworks.engine.blockwise import Blockwise, Written, prove_first
 from weightworks.engine.estimate import Estimate, estimate, refuse
 from weightworks.engine.executor import Executor
 from weightworks.engine.finish import copy_rest, finish, stream_perplexity
+from weightworks.engine.gradients import Backward
 from weightworks.engine.job import Job, digest_of
 from weightworks.engine.machine import compute_dtype, free_memory, pick_device
 from weightworks.engine.survey import run_surveys
 from weightworks.engine.tensorwise import run_tensorwise
 from weightworks.errors import CalibrationError, DegradedError, OutputError, ResourceError, WeightworksError
+from weightworks.plan.keys import reads_text
 from weightworks.report.progress import Progress
 from weightworks.stage import catalog
 from weightworks.stage.settings import Settings
-from weightworks.store.checkpoint import Checkpoint
+from weightworks.store.checkpoint import FACTORS, Checkpoint
 from weightworks.store.manifest import changed_files, read_provenance
 from weightworks.store.writer import CheckpointWriter, check_target
 from weightworks.stream.builtin import verification_text
@@ -91,7 +93,9 @@ def run_stage(
     job = Job(entry.label, module.VERSION, method, settings, checkpoint, target, progress, pick_device(settings.device))
     calibration = calibrate(job) if reads_text(method) else None
     probe = check_windows(checkpoint, job.skeleton, trust_remote_code=settings.trust_remote_code)
-    dtype = compute_dtype(settings.dtype, stored_dtype(checkpoint), job.device) if calibration else torch.float32
+    dtype = torch.float32  # also what gradients are computed in
+    if calibration is not None and not hasattr(method, "trace"):
+        dtype = compute_dtype(settings.dtype, stored_dtype(checkpoint), job.device)
     data = {} if calibration is None else {"calibration": calibration.digest, "dtype": str(dtype)}
     announce(resolved(job, calibration, dtype))
     if not dry_run or target.exists():  # the identity takes reading every byte of the input, once
@@ -150,7 +154,13 @@ def execute(
             copy_rest(job, writer)
         else:
             job.returns_tuple = prove_first(job, writer, probe)
-            results = {"rows": run_tensorwise(job, writer, executor), "dense": stream_perplexity(job, job.view, probe)}
+            if calibration is not None and hasattr(job.method, "trace"):
+                rows = Backward(
+                    job, writer, calibration, probe, on_disk=costs.on_disk, traced_bytes=costs.statistics_bytes
+                ).run()
+            else:
+                rows = run_tensorwise(job, writer, executor)
+            results = {"rows": rows, "dense": stream_perplexity(job, job.view, probe)}
             copy_rest(job, writer)
             written = Written(job, writer)
             results["result"] = stream_perplexity(job, written, probe)
@@ -188,12 +198,6 @@ def execute(
     finally:
         writer.close()
         job.progress.close()
-
-
-def reads_text(method: Any) -> bool:
-    """Whether a method, or a survey it asks for, looks at the inputs that a calibration text makes."""
-    surveys = method.surveys() if hasattr(method, "surveys") else ()
-    return hasattr(method, "watch") or any(survey.watch is not None for survey in surveys)
 
 
 def calibrate(job: Job) -> Calibration:
@@ -317,7 +321,8 @@ def resolved(job: Job, calibration: Calibration | None, dtype: torch.dtype) -> d
 def sizes(job: Job, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Bytes before and after, and true bits a weight of the changed layers (packed codes, scales, zero points).
 
-    Of what was pruned also how many weights stay, what the masks take, and what the folder would as bits and values.
+    Of what was pruned also how many weights stay, what the masks take, and what the folder would as bits and values; of
+    what is a product, what its factors take, and what the model would with them in place of it.
     """
     weights = sum(linear.shape[0] * linear.shape[1] for linear in job.linears.values())
     changed = sum(spec.nbytes for linear in job.linears.values() for spec in job.specs_of(linear))
@@ -329,7 +334,14 @@ def sizes(job: Job, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "bits_a_weight": 8 * changed / weights,
         "ratio": job.checkpoint.nbytes / bytes_out,
     }
-    if job.side:
+    if FACTORS in job.side:
+        factors = sum(spec.nbytes for spec in job.side[FACTORS])
+        facts |= {
+            "factored_weights": weights,
+            "factors_bytes": factors,
+            "factored_bytes": bytes_out - changed + factors,
+        }
+    elif job.side:
         kept = {row["tensor"]: row["kept"] for row in rows}
         masks = sum(spec.nbytes for members in job.side.values() for spec in members)
         values = sum(count * job.linears[name].dtype.itemsize for name, count in kept.items())

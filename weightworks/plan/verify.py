@@ -12,8 +12,9 @@ from weightworks.engine.finish import TOLERANCE
 from weightworks.engine.machine import free_memory
 from weightworks.errors import WeightworksError
 from weightworks.plan.stage import check_windows
-from weightworks.store.checkpoint import MASKS, Checkpoint
+from weightworks.store.checkpoint import FACTORS, MASKS, Checkpoint
 from weightworks.store.dense import DenseView
+from weightworks.store.factors import check_factors
 from weightworks.store.manifest import changed_files, read_provenance
 from weightworks.store.masks import check_masks
 from weightworks.store.sources import folders
@@ -44,6 +45,8 @@ def verify(source: str, *, trust_remote_code: bool = False, allow_pickle: bool =
     checks.append(_tensors(view, provenance))
     if (root / MASKS).is_file():
         checks.append(_masks(view))
+    if (root / FACTORS).is_file():
+        checks.append(_factors(view))
     if all(check["ok"] for check in checks[1:]):
         try:
             checks += _scores(view, skeleton, provenance, trust_remote_code)
@@ -95,6 +98,17 @@ def _masks(view: DenseView) -> dict[str, Any]:
     assert found is not None
     share = 1 - found["kept"] / found["weights"]
     return _check("masks", True, f"{share:.4%} of {found['weights']:,} weights in {found['tensors']} tensors are zero")
+
+
+def _factors(view: DenseView) -> dict[str, Any]:
+    """Whether every weight is the product of its factors."""
+    try:
+        found = check_factors(view)
+    except WeightworksError as error:
+        return _check("factors", False, str(error))
+    assert found is not None
+    share = found["kept"] / found["weights"]
+    return _check("factors", True, f"{found['tensors']} tensors are their product, their cores keep {share:.4%}")
 
 
 def _scores(

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from weightworks.report.sparsity import run_time, sparsity, weight_on_disk
+from weightworks.report.sparsity import factored_run_time, factors, run_time, sparsity, weight_on_disk
 from weightworks.store.checkpoint import Checkpoint
 
 TEMPLATE = """---
@@ -44,10 +44,12 @@ def model_card(source: Checkpoint, name: str, provenance: dict[str, Any], dequan
     bits = options.get("bits")
     quality = provenance.get("quality", {})
     size = provenance["size"]
-    sentence = f"`{source.name}` {_done(identity['method'], options)}."
+    sentence = f"`{source.name}` {_done(identity['method'], options, factored='factored_weights' in size)}."
     rows = [("weights on disk", f"{size['bytes_out']:,} bytes, {size['bytes_in'] / size['bytes_out']:.2f}x smaller")]
     if "kept_weights" in size:
         rows += [("sparsity", sparsity(size)), ("size", weight_on_disk(size)), ("run time gain", run_time(options))]
+    if "factored_weights" in size:
+        rows += [("size", factors(size)), ("run time gain", factored_run_time())]
     if "quantized_weights" in size:
         rows.append(("bits a weight", f"{size['bits_a_weight']:.3f} in quantized layers, scales included"))
     if quality:
@@ -63,7 +65,7 @@ def model_card(source: Checkpoint, name: str, provenance: dict[str, Any], dequan
     degraded = provenance["fallbacks"]
     listed = "\n".join(f"- {line}" for line in degraded)
     return _filled(
-        front=front_matter(source, bits, pruned="kept_weights" in size),
+        front=front_matter(source, bits, pruned="kept_weights" in size or "factored_weights" in size),
         name=name,
         sentence=sentence,
         facts="\n".join(f"| {key} | {value} |" for key, value in rows),
@@ -75,7 +77,7 @@ def model_card(source: Checkpoint, name: str, provenance: dict[str, Any], dequan
     )
 
 
-def _done(label: str, options: Mapping[str, Any]) -> str:
+def _done(label: str, options: Mapping[str, Any], *, factored: bool) -> str:
     """What a method did, in a few words."""
     kind, method = label.split(".")
     bits, group = options.get("bits"), options.get("group_size")
@@ -83,6 +85,8 @@ def _done(label: str, options: Mapping[str, Any]) -> str:
     if kind != "prune":
         return f"quantized to {bits} bits ({method}, {grid})"
     pattern = options.get("pattern", "unstructured")
+    if factored:
+        return f"made products of block-diagonal factors and cores of {pattern.replace(':', ' in every ')} ({method})"
     amount = (
         f"by {options['sparsity']:.4g}" if pattern == "unstructured" else f"to {pattern.replace(':', ' of every ')}"
     )

@@ -9,13 +9,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
 from weightworks.options import Options
 from weightworks.stage.settings import Settings
 from weightworks.store.packing import IntScheme, Quantized
+
+if TYPE_CHECKING:
+    from weightworks.store.factors import Factors
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +27,7 @@ class Target:
 
     ``name`` is the checkpoint tensor; ``scale_dtype`` the dtype scales are stored in; ``min_zero`` the smallest zero
     point the container can hold. ``block`` is the number of the decoder block it is in. ``keep`` is how many of its
-    weights stay, where surveys have shared that out over the model.
+    weights stay, where surveys have shared that out over the model. ``dtype`` is that of a dense result.
     """
 
     name: str
@@ -32,6 +35,7 @@ class Target:
     min_zero: int = 0
     block: int = 0
     keep: int | None = None
+    dtype: torch.dtype = field(default_factory=lambda: torch.float32)  # read when first made: torch loads late
 
 
 @dataclass
@@ -40,13 +44,15 @@ class Solution:
 
     ``weight`` is quantized, or a dense float32 [out, in]. ``facts`` are figures by name. ``fallbacks`` say in words where
     the method could not be applied as asked: they reach the report, the model card, and ``--strict``. ``mask`` bool
-    [out, in] of a method that prunes is True where a weight is kept; where it is not, ``weight`` is zero.
+    [out, in] of a method that prunes is True where a weight is kept; where it is not, ``weight`` is zero. ``factors`` are
+    what ``weight`` is the product of, in the target's dtype, of a method that is :class:`Factoring`.
     """
 
     weight: Quantized | torch.Tensor
     facts: dict[str, Any] = field(default_factory=dict)
     fallbacks: list[str] = field(default_factory=list)
     mask: torch.Tensor | None = None
+    factors: Factors | None = None
 
     def dense(self) -> torch.Tensor:
         """The weight in float32 [out, in]."""
@@ -64,7 +70,9 @@ class Blockwise(Protocol):
     """A method that looks at the inputs of each linear of a block, then replaces its weight.
 
     One whose statistics take other than the 4 in^2 bytes of a matrix of second moments says so by ``held(columns)``, one
-    that needs more beside them while it solves by ``working(columns)``.
+    that needs more beside them while it solves by ``working(columns)``. With ``together = True`` all inputs of a block are
+    watched before any of its weights is replaced, in one pass where memory allows; else a linear is watched when those it
+    depends on have their new weights.
     """
 
     options: Options
@@ -77,6 +85,31 @@ class Blockwise(Protocol):
 
     def solve(self, weights: list[torch.Tensor], statistics: Any, targets: Sequence[Target]) -> list[Solution]:
         """New weights for float32 ``weights`` [out, in] that read the same input; the list and the statistics may be used up."""
+
+
+class Gradients(Protocol):
+    """What a method of gradients keeps of those of one weight."""
+
+    def add(self, gradient: torch.Tensor) -> None:
+        """Take in the gradient [out, in] of the mean loss of one calibration window."""
+
+
+class Gradientwise(Protocol):
+    """A method that looks at the gradients of the unchanged model's loss, one a calibration window."""
+
+    options: Options
+
+    def scheme(self) -> IntScheme | None:
+        """How results are quantized; None if they are dense."""
+
+    def traced(self, elements: int, count: int) -> int:
+        """Bytes that :meth:`trace` takes."""
+
+    def trace(self, elements: int, count: int, device: torch.device) -> Gradients:
+        """A place for ``count`` gradients of a weight of so many elements."""
+
+    def answer(self, weight: torch.Tensor, traced: Any, target: Target) -> Solution:
+        """The new weight for float32 ``weight`` [out, in]; what was traced may be used up."""
 
 
 class Tensorwise(Protocol):
@@ -110,7 +143,7 @@ class Survey:
 
 
 class Pruning(Protocol):
-    """What a method that prunes has beside its shape, :class:`Blockwise` or :class:`Tensorwise`."""
+    """What a method that prunes has beside its shape, :class:`Blockwise`, :class:`Gradientwise` or :class:`Tensorwise`."""
 
     masks: bool
     """True: its solutions have masks, which are kept beside the weights."""
@@ -120,6 +153,13 @@ class Pruning(Protocol):
 
     def surveys(self) -> Sequence[Survey]:
         """What must be known of the whole model first."""
+
+
+class Factoring(Protocol):
+    """What a method has whose results are products of factors, which are kept beside the weights."""
+
+    def factored(self, shape: tuple[int, int]) -> int:
+        """The side of the blocks of the factors of a weight of this shape [out, in]."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,6 +23,7 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 PICKLE_INDEX = "pytorch_model.bin.index.json"
 MASKS = "masks.safetensors"  # which weights a pruning kept; see masks.py
+FACTORS = "factors.safetensors"  # what weights are the product of; see factors.py
 
 
 @dataclass(frozen=True)
@@ -154,7 +155,7 @@ class Checkpoint:
     def files(self) -> dict[str, str]:
         """sha256 of config, weight and mask files, by file name: what "the same input" means."""
         names = ["config.json", *sorted({info.shard for info in self.tensors.values()})]
-        names += [name for name in (INDEX, MASKS) if (self.root / name).is_file()]
+        names += [name for name in (INDEX, MASKS, FACTORS) if (self.root / name).is_file()]
         digests = Digests(cache_folder() / "digests.json")
         found = {name: digests.file(self.root / name) for name in names}
         digests.save()

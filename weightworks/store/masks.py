@@ -80,7 +80,7 @@ def check_masks(view: DenseView) -> dict[str, int] | None:
         if name not in names:
             raise CheckpointError(f"{masks.path}: a mask of '{name}', which is not in the checkpoint")
         mask = masks.read(name, view.shape(name))
-        wrong = int(view.read(name)[~mask].count_nonzero())
+        wrong = int(((view.read(name) != 0) & ~mask).count_nonzero())
         if wrong:
             raise VerificationError(f"tensor '{name}': {wrong} weights that its mask says are pruned are not zero")
         weights, kept = weights + mask.numel(), kept + int(mask.sum())

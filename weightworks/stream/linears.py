@@ -177,13 +177,15 @@ def watch(
 ) -> None:
     """Run ``hidden`` through ``block``, handing each watched product's input [tokens, in] to its watcher.
 
-    With one watcher the pass ends as soon as that product is reached: what follows is not needed.
+    The pass ends as soon as all these products are reached: what follows is not needed.
     """
+    awaited = set(watchers)
 
     def seen(address: Address, x: torch.Tensor) -> None:
         if address in watchers:
             watchers[address](x.reshape(-1, x.shape[-1]))
-            if len(watchers) == 1:
+            awaited.discard(address)
+            if not awaited:
                 raise _StopForward
 
     try:

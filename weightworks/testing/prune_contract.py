@@ -13,9 +13,21 @@ if TYPE_CHECKING:
 
 
 def masks_tell_what_was_pruned(trial: Trial, folder: Path) -> None:
-    """Every changed weight has a mask beside it; where the mask has none the weight is zero, and the report counts them."""
+    """Every changed weight has a mask beside it; where the mask has none the weight is zero, and the report counts them.
+
+    A method that factors has factors beside it instead, whose product the weight is.
+    """
+    from weightworks.store.factors import FactorFile, check_factors
     from weightworks.store.masks import Masks, check_masks
 
+    if hasattr(trial.module.Method, "factored"):
+        factors = FactorFile.of(trial.made)
+        demand(factors is not None, f"{trial.label}: no factors.safetensors in the result")
+        assert factors is not None
+        demand(set(factors.names) == trial.changed, f"{trial.label}: its factors are not those of the changed weights")
+        with told(f"{trial.label}: weights are not the products of their factors"):
+            check_factors(trial.result)
+        return
     masks, label = Masks.of(trial.made), trial.label
     demand(masks is not None, f"{label}: no masks.safetensors in the result")
     assert masks is not None
@@ -39,7 +51,7 @@ def patterns_and_counts_are_exact(trial: Trial, folder: Path) -> None:
         method = trial.module.Method(options(**values))
         with told(f"{label} cannot prune with {values}"), one_thread():
             for equal in (False, True):
-                weight, mask = _pruned(method, equal=equal)
+                weight, mask = _pruned(method, equal=equal)  # of a product, those of its core
                 demand(not weight[~mask].any(), f"{label}, {values}: a weight outside the mask is not zero")
                 if of == 10:
                     count, right = int((~mask).sum()), round(0.7 * mask.numel())
@@ -56,6 +68,8 @@ def _pruned(method: Any, *, equal: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """What a method makes of a random weight, or of one whose weights are all as large, and the mask."""
     weight = random_weight(3)
     answer = solution(method, weight.sign() if equal else weight)
+    if answer.factors is not None:
+        return answer.factors.core, answer.factors.mask
     mask = answer.mask
     demand(mask is not None, "a solution without a mask")
     return answer.dense(), mask
