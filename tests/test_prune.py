@@ -1,4 +1,7 @@
-"""Scores, budgets and repairs of masks: what each must equal, and what it must leave alone."""
+"""Scores, budgets and repairs of masks: what each must equal, and what it must leave alone.
+
+The methods: compress.prune.magnitude, compress.prune.wanda, compress.prune.ria; SparseGPT has a file of its own.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,7 @@ from compress.prune._global import one_threshold
 from compress.prune._owl import budgets, owl
 from compress.sparsity import SparsityOptions
 from weightworks.errors import UsageError
+from weightworks.plan.keys import reads_text
 from weightworks.stage.protocols import Solution, Survey, Target
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -42,6 +46,18 @@ def solve(module: Any, weight: torch.Tensor, inputs: torch.Tensor, **options: An
     statistics = method.watch(weight.shape[1], CPU)
     statistics.add(inputs)
     return method.solve([weight.clone()], statistics, [Target("w", torch.float32)])[0]
+
+
+def test_only_what_looks_at_inputs_reads_a_text() -> None:
+    """So the key of an output depends on the calibration text where its bytes do."""
+    for values, reads in (
+        ({}, False),
+        ({"scope": "global"}, False),
+        ({"budget": "owl"}, True),
+        ({"repair": "dsnot"}, True),
+    ):
+        assert reads_text(magnitude.Method(magnitude.Options(**values))) == reads, values
+    assert reads_text(wanda.Method(wanda.Options()))
 
 
 # Scores.

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from architectures import ARCHITECTURES
-from commands import FEW, Commands
+from commands import FEW, SHORT_TEXT, Commands
 from safetensors import safe_open
 
 from compress import prune
@@ -199,3 +199,32 @@ def test_the_same_command_again_does_nothing(half: Path, compress: Commands, tin
     run = compress("prune", tiny_llama, *FEW, "--pattern", "2:4", cwd=half.parent)
     assert "already done" in run.err
     assert contents(half) == before
+
+
+RECIPE = """
+version: 1
+sources: {base: MODEL}
+stages:
+  sparse:
+    from: base
+    matrix: {use: [prune.magnitude, prune.wanda]}
+    with: {pattern: "2:4", ignore: ["*.self_attn.*"], dataset: TEXT, num_samples: 4, seq_len: 64}
+  small: {use: quantize.rtn, from: "sparse[use=prune.wanda]", with: {bits: 4, group_size: 64}}
+  scores: {use: score.perplexity, from: [base, sparse, small], with: {texts: [TEXT], seq_len: 64, max_tokens: 256}}
+report: [scores]
+"""
+
+
+def test_recipes_prune(compress: Commands, tiny_llama: Path, tmp_path: Path) -> None:
+    """Members of a matrix, what is made of them, scores and page; zeros stay zero on a symmetric grid."""
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(RECIPE.replace("MODEL", str(tiny_llama)).replace("TEXT", str(SHORT_TEXT)))
+    run = compress("run", recipe, "--json", cwd=tmp_path)
+    assert run.code == 0, run.err
+    stages = {stage["name"]: stage for stage in run.json["stages"]}
+    assert stages["sparse[use=prune.wanda]"]["state"] == "ran"
+    assert compress("run", recipe, cwd=tmp_path).code == 0
+    sparse, small = (Path(stages[name]["folder"]) for name in ("sparse[use=prune.wanda]", "small"))
+    decoded = DenseView(Checkpoint.open(small))
+    for name, (_, mask) in zeros(sparse).items():
+        assert not decoded.read(name)[~mask].any()

@@ -69,7 +69,7 @@ def material(stage: Stage, inputs: Mapping[str, Any], digests: Digests) -> dict[
     module = entry.load()
     options = module.Options(**stage.options)
     settings = Settings(**stage.settings)
-    watches = hasattr(module.Method, "watch")
+    watches = reads_text(module.Method(options))
     matter = ["seed", "device", "trust_remote_code"]
     matter += [*CALIBRATION] if watches else []
     matter += [SHARDS] if stage.kind != "score" else []
@@ -90,6 +90,13 @@ def material(stage: Stage, inputs: Mapping[str, Any], digests: Digests) -> dict[
     if hasattr(module.Method, "files"):
         facts["files"] = {str(path): digests.file(path) for path in module.Method(options).files()}
     return facts
+
+
+def reads_text(method: Any) -> bool:
+    """Whether a method, or a survey it asks for, looks at the inputs that a calibration text makes."""
+    changes = hasattr(method, "solve") or hasattr(method, "apply")  # the surveys of merges are others
+    surveys = method.surveys() if changes and hasattr(method, "surveys") else ()
+    return hasattr(method, "watch") or any(survey.watch is not None for survey in surveys)
 
 
 def calibration(dataset: str, digests: Digests) -> Any:

@@ -19,6 +19,7 @@ from weightworks.engine.machine import compute_dtype, free_memory, pick_device
 from weightworks.engine.survey import run_surveys
 from weightworks.engine.tensorwise import run_tensorwise
 from weightworks.errors import CalibrationError, DegradedError, OutputError, ResourceError, WeightworksError
+from weightworks.plan.keys import reads_text
 from weightworks.report.progress import Progress
 from weightworks.stage import catalog
 from weightworks.stage.settings import Settings
@@ -188,12 +189,6 @@ def execute(
     finally:
         writer.close()
         job.progress.close()
-
-
-def reads_text(method: Any) -> bool:
-    """Whether a method, or a survey it asks for, looks at the inputs that a calibration text makes."""
-    surveys = method.surveys() if hasattr(method, "surveys") else ()
-    return hasattr(method, "watch") or any(survey.watch is not None for survey in surveys)
 
 
 def calibrate(job: Job) -> Calibration:
