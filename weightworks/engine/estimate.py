@@ -17,6 +17,7 @@ import torch
 
 from weightworks.engine.job import Job
 from weightworks.engine.machine import free_memory, resident, speeds
+from weightworks.engine.reducing import ReduceJob
 from weightworks.errors import ResourceError
 from weightworks.stream.linears import Linear
 from weightworks.stream.passes import batch_windows
@@ -76,7 +77,9 @@ class _Sizes:
     decodes_early: bool  # whether stock transformers decodes the result as it loads it
 
 
-def estimate(job: Job, *, tokens: tuple[int, int] | None, probe: tuple[int, int], dtype: torch.dtype) -> Estimate:
+def estimate(
+    job: Job | ReduceJob, *, tokens: tuple[int, int] | None, probe: tuple[int, int], dtype: torch.dtype
+) -> Estimate:
     """The estimate for ``tokens`` calibration windows of a length (None: data-free) and ``probe`` windows."""
     sizes = _sizes(job, tokens, probe, dtype)
     limit = job.settings.memory_limit or free_memory() + resident()
@@ -143,7 +146,7 @@ def size(count: float) -> str:
     return f"{count:.3g} TB"
 
 
-def _sizes(job: Job, tokens: tuple[int, int] | None, probe: tuple[int, int], dtype: torch.dtype) -> _Sizes:
+def _sizes(job: Job | ReduceJob, tokens: tuple[int, int] | None, probe: tuple[int, int], dtype: torch.dtype) -> _Sizes:
     skeleton, tensors = job.skeleton, job.checkpoint.tensors
     config = skeleton.model.config.get_text_config()
 
@@ -191,7 +194,7 @@ def _inputs(linears: Sequence[Linear]) -> dict[tuple[str, int], list[Linear]]:
     return groups
 
 
-def _stage_statistics(job: Job, block: Sequence[Linear]) -> int:
+def _stage_statistics(job: Job | ReduceJob, block: Sequence[Linear]) -> int:
     """Bytes of the statistics that one pass over a block can gather: of one input, or of one an expert."""
     sums: dict[tuple[str, int], int] = {}
     for part, width in _inputs(block):
@@ -246,7 +249,7 @@ def _reloading(s: _Sizes, blocks: int) -> int:
     return s.base + s.outside + max(loading, packed + dense + work)
 
 
-def _seconds(job: Job, tokens: tuple[int, int] | None, probe: tuple[int, int], dtype: torch.dtype) -> float:
+def _seconds(job: Job | ReduceJob, tokens: tuple[int, int] | None, probe: tuple[int, int], dtype: torch.dtype) -> float:
     """Arithmetic over measured speed, plus reading and writing."""
     speed = speeds()
     weights = sum(linear.shape[0] * linear.shape[1] for linear in job.linears.values())
@@ -257,7 +260,9 @@ def _seconds(job: Job, tokens: tuple[int, int] | None, probe: tuple[int, int], d
     if tokens:
         count = tokens[0] * tokens[1]
         surveys = job.method.surveys() if hasattr(job.method, "surveys") else ()
-        passes = hasattr(job.method, "solve") + sum(survey.watch is not None for survey in surveys)
+        passes = (hasattr(job.method, "solve") or hasattr(job.method, "reduces")) + sum(
+            survey.watch is not None for survey in surveys
+        )
         work += 2.0 * 2 * passes * count * weights / speed[str(dtype).removeprefix("torch.")]
     if tokens and job.second_moments:
         inputs = {(index, linear.shape[1]) for index, block in enumerate(job.blocks) for linear in block}

@@ -6,12 +6,12 @@ Peak memory is one block, the activations of all windows (on disk if told) and t
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
-from weightworks.engine.blockwise import bounded, hidden_size, prove_once
-from weightworks.engine.job import Job
+from weightworks.engine.blockwise import Streamed, bounded, hidden_size, prove_once
+from weightworks.stage.reducing import Passing
 from weightworks.store.writer import CheckpointWriter
 from weightworks.stream.activations import Activations
 from weightworks.stream.linears import Address, Group, Linear, Stage, find_stages, watch
@@ -21,23 +21,13 @@ from weightworks.stream.passes import Windows, run_block, shell
 Make = Callable[[int, torch.device], Any]  # fresh statistics of inputs, given their width
 
 
-class Passing(Protocol):
-    """What is kept of the hidden states that a block takes and gives."""
-
-    def add(self, before: torch.Tensor, after: torch.Tensor) -> None:
-        """Take in a batch of both, [n, seq, hidden]."""
-
-    def figure(self) -> Any:
-        """What they come to: JSON-compatible data."""
-
-
 class Walk:
     """A walk under ``name`` in the ``writer``'s journal. ``tokens`` int64 [n, seq] are the windows, ``probe`` those on which
     the replay is proven."""
 
     def __init__(
         self,
-        job: Job,
+        job: Streamed,
         writer: CheckpointWriter,
         name: str,
         tokens: torch.Tensor,
@@ -51,7 +41,7 @@ class Walk:
         shape = (*tokens.shape, hidden_size(job))
         self.states = Activations(shape, dtype, writer.scratch, name.replace(" ", ""), on_disk=on_disk)
 
-    def run(self, look: Callable[[int], Any], passing: Callable[[], Passing] | None = None) -> list[Any]:
+    def run(self, look: Callable[[int], Any], passing: Callable[[int], Passing] | None = None) -> list[Any]:
         """What ``look(index)`` sees of every block while it is loaded and its inputs are there: JSON-compatible data.
 
         It may change the weights of the loaded block. With ``passing``, figures of what goes into each block and comes
@@ -67,7 +57,7 @@ class Walk:
             names = skeleton.names_of(index)
             skeleton.load(job.view, names, self.dtype, job.device)
             figures = look(index)
-            pairs = passing() if passing is not None else None
+            pairs = passing(index) if passing is not None else None
             seen = pairs.add if pairs is not None else None
             run_block(skeleton, index, self.windows, self.states, self.dtype, job.device, seen)
             figures = pairs.figure() if pairs is not None else figures

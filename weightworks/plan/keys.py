@@ -96,7 +96,8 @@ def reads_text(method: Any) -> bool:
     """Whether a method, or a survey it asks for, looks at the inputs that a calibration text makes."""
     changes = hasattr(method, "solve") or hasattr(method, "apply")  # the surveys of merges are others
     surveys = method.surveys() if changes and hasattr(method, "surveys") else ()
-    return hasattr(method, "watch") or any(survey.watch is not None for survey in surveys)
+    reads = hasattr(method, "watch") or hasattr(method, "reduces")
+    return reads or any(survey.watch is not None for survey in surveys)
 
 
 def calibration(dataset: str, digests: Digests) -> Any:
