@@ -54,6 +54,11 @@ class Method:
     def __init__(self, options: Options) -> None:
         self.options = options
 
+    @property
+    def kinds(self) -> list[Kind]:
+        kinds: list[Kind] = ["channels"] if self.options.sparsity else []
+        return [*kinds, "heads"] if self.options.head_sparsity else kinds
+
     def stays(self, kind: Kind, groups: int, heads: int, size: int) -> tuple[int, int] | None:
         options = self.options
         share = options.sparsity if kind == "channels" else options.head_sparsity

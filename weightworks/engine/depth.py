@@ -22,7 +22,7 @@ from weightworks.store.reduced import Cut, ReducedView, Restored
 from weightworks.stream.activations import Activations
 from weightworks.stream.passes import Windows, run_block, shell
 from weightworks.stream.replay import final_states
-from weightworks.stream.resizing import fingerprint, with_blocks
+from weightworks.stream.resizing import Configuration, fingerprint, with_blocks
 
 
 class Shorten:
@@ -67,19 +67,23 @@ class Shorten:
         """Whether what differs between blocks is in lists of the configuration: with these turned round, so are blocks."""
         if all(kind == self.kinds[0] for kind in self.kinds):
             return True
-        return self._expressed(list(reversed(range(self.count))))
+        return self._expressed(list(reversed(range(self.count)))) is not None
 
     def removable(self, block: int) -> bool:
-        return self._follows or self._expressed([index for index in range(self.count) if index != block])
+        return self._follows or self._expressed([one for one in range(self.count) if one != block]) is not None
 
-    def _expressed(self, kept: Sequence[int]) -> bool:
-        """Whether the configuration gives a model whose blocks are those ``kept``, in this order."""
-        try:
-            config = with_blocks(self.job.config_before, kept)
-            skeleton = config.build(ReducedView(self.job.checkpoint, self.cuts([[(index, 1.0)] for index in kept])))
-        except ArchitectureError:
-            return False
-        return all(fingerprint(skeleton, place) == self.kinds[index] for place, index in enumerate(kept))
+    def _expressed(self, kept: Sequence[int]) -> Configuration | None:
+        """The configuration of a model whose blocks are those ``kept``, in this order; None if there is none."""
+        wanted = ReducedView(self.job.checkpoint, self.cuts([[(index, 1.0)] for index in kept]))
+        for every in (False, True):
+            try:
+                config = with_blocks(self.job.config_before, kept, every=every)
+                skeleton = config.build(wanted)
+            except ArchitectureError:
+                continue
+            if all(fingerprint(skeleton, place) == self.kinds[index] for place, index in enumerate(kept)):
+                return config
+        return None
 
     def cuts(self, mixtures: Sequence[Mixture]) -> list[Cut]:
         """The tensors of a model whose blocks are ``mixtures``, in file order of what they replace."""
@@ -118,12 +122,12 @@ class Shorten:
     def layout(self, found: Any) -> Layout:
         mixtures = self.provisional if found is None else found["mixtures"]
         kept = [mixture[0][0] for mixture in mixtures]
-        if not self._expressed(kept):
+        if (config := self._expressed(kept)) is None:
             raise ArchitectureError(
                 f"{self.job.label}: no configuration of {type(self.job.skeleton.model).__name__} has just the blocks "
                 f"{', '.join(map(str, kept))}"
             )
-        return Layout(self.cuts(mixtures), with_blocks(self.job.config_before, kept), kept)
+        return Layout(self.cuts(mixtures), config, kept)
 
     def find(self, run: Run) -> dict[str, Any]:
         shortened: Shortened = self.job.method.shorten(Asked(self, run))
@@ -131,6 +135,9 @@ class Shorten:
 
     def rows(self, found: Any) -> list[dict[str, Any]]:
         return [{"part": self.job.skeleton.blocks[row["block"]][0], **row} for row in found["rows"]]
+
+    def uncovered(self) -> list[str]:
+        return []
 
     def told(self, found: Any) -> list[str]:
         merged = [[block for block, _ in mixture] for mixture in found["mixtures"] if len(mixture) > 1]

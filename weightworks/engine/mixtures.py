@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from weightworks.engine.reducing import Layout, ReduceJob, Run
+from weightworks.engine.reducing import Layout, ReduceJob, Run, routed_to
 from weightworks.engine.walk import Walk
 from weightworks.errors import ArchitectureError, MethodError
 from weightworks.stage.reducing import Experts, Mixture
@@ -22,7 +22,6 @@ from weightworks.stream.resizing import resized
 from weightworks.stream.skeleton import Skeleton
 
 GROUPED = ("n_group", "num_expert_group")  # what configurations call groups of experts that are routed to as wholes
-ROUTED = ("num_experts_per_tok", "moe_topk", "top_k")
 
 
 @dataclass(frozen=True)
@@ -81,8 +80,7 @@ class Thin:
                     f"{self.job.label}: experts are routed to in groups ({name} is {getattr(text, name)}), which would "
                     "no longer be equal"
                 )
-        needed = next((value for name in ROUTED if (value := getattr(text, name, None)) is not None), 1)
-        if self.kept < needed:
+        if self.kept < (needed := routed_to(text)):
             raise MethodError(
                 f"{self.job.label}: {self.kept} of {self.count} experts would stay, and each token is given to {needed}",
                 hint="keep more",
@@ -133,6 +131,9 @@ class Thin:
 
     def rows(self, found: Any) -> list[dict[str, Any]]:
         return [{"method": self.job.label, **{key: one[key] for key in one if key != "mixtures"}} for one in found]
+
+    def uncovered(self) -> list[str]:
+        return []
 
     def told(self, found: Any) -> list[str]:
         joined = sum(len(mixture) > 1 for one in found for mixture in one["mixtures"])

@@ -25,6 +25,7 @@ from weightworks.stream.resizing import Configuration, resized, with_heads
 from weightworks.stream.symmetry import HEAD, PROBE, Family, rows_of, search
 
 TOLERANCE = 1e-4  # of what the part adds to the block's output: float32 leaves about 1e-6
+PARTS = {"channels": "feed-forward part of that width", "heads": "attention"}
 WAYS = {"channels": "leave channels alone", "heads": "remove channels only"}
 
 
@@ -62,11 +63,16 @@ class Narrow:
             lines = "; ".join(f"{count} {kind}, {size} inputs each" for kind, count, size in sorted(whole))
             raise MethodError(
                 f"{self.job.label}: rounded, nothing would go of {lines}",
-                hint="raise the share, or lower --round-to",
+                hint="raise the share, lower --round-to, or let whole groups of heads go",
             )
-        if not self.parts:
+        found = {part.kind for part in self.parts.values()}
+        if lacking := [kind for kind in self.job.method.kinds if kind not in found]:
             reasons = "; ".join(f"{name}: {reason}" for name, reason in list(unknown.items())[:3])
-            raise ArchitectureError(f"{self.job.label}: no part of a block has such units ({reasons})")
+            raise ArchitectureError(
+                f"{self.job.label}: in {type(self.job.skeleton.model).__name__} no {' or '.join(lacking)} are known that can "
+                f"go ({reasons})",
+                hint=WAYS[lacking[0]],
+            )
 
     def _configured(self) -> Configuration:
         """The configuration of the narrower model: one size after the other, each proven by building the model."""
@@ -184,8 +190,20 @@ class Narrow:
         return out
 
     def told(self, found: Any) -> list[str]:
-        kinds = {(part.kind, part.count, part.kept): part for part in self.parts.values()}
-        return [f"{kept:,} of {count:,} {kind} kept in every part that has so many" for kind, count, kept in kinds]
+        kinds = {(part.kind, part.count, part.kept): PARTS[part.kind] for part in self.parts.values()}
+        return [f"{kept:,} of {count:,} {kind} left in every {part}" for (kind, count, kept), part in kinds.items()]
+
+    def uncovered(self) -> list[str]:
+        """Blocks without a part of a kind that others have lost units of."""
+        lines = []
+        for kind in self.job.method.kinds:
+            of = {part.block for part in self.parts.values() if part.kind == kind}
+            lines += [
+                f"{name}: left as it is, no {kind} are known in it"
+                for index, (name, _) in enumerate(self.job.skeleton.blocks)
+                if index not in of
+            ]
+        return lines
 
 
 def first_of(part: Part) -> torch.Tensor:

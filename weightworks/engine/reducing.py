@@ -29,11 +29,12 @@ from weightworks.store.shards import planned_bytes
 from weightworks.store.tensorfile import TensorSpec
 from weightworks.store.writer import CheckpointWriter
 from weightworks.stream.calibration import Calibration
-from weightworks.stream.linears import Linear, block_linears
+from weightworks.stream.linears import CONVOLUTIONS, Linear, block_linears
 from weightworks.stream.resizing import Configuration
 from weightworks.stream.skeleton import Skeleton, read_config
 
-PROOF_TOKENS = 16
+FOUND = "decided"  # the step that says what goes
+COSMETIC = ("_name_or_path", "dtype", "transformers_version")
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,9 @@ class Plan(Protocol):
 
     def told(self, found: Any) -> list[str]:
         """What was done, in words."""
+
+    def uncovered(self) -> list[str]:
+        """What was asked for and is not done, a line each."""
 
 
 @dataclass
@@ -189,7 +193,7 @@ class ReduceJob:
         }
 
     def uncovered(self) -> list[str]:
-        return []
+        return self.plan.uncovered()
 
     def card(self, provenance: dict[str, Any]) -> str:
         return model_card(self.checkpoint, self.target.name, provenance, dequantize=False)
@@ -198,19 +202,21 @@ class ReduceJob:
         """What the output's bytes depend on; two runs of equal identity make equal bytes."""
         return identity_of(self, **facts)
 
-    def facts(self) -> dict[str, Any]:
-        """Sizes before and after. Of a mixture a token passes the same number of experts, however many there are."""
+    def facts(self, smaller: Skeleton) -> dict[str, Any]:
+        """Sizes before and after; ``smaller`` is the structure of the result."""
         before = {name: info.shape for name, info in self.checkpoint.tensors.items()}
         after = {name: self.reduced.shape(name) for name in self.reduced.names}
         entries = self.layout.config.entries
         return {
             "parameters_in": sum(map(math.prod, before.values())),
             "parameters_out": sum(map(math.prod, after.values())),
+            "multiply_adds_in": multiply_adds(self.skeleton),
+            "multiply_adds_out": multiply_adds(smaller),
             "done": self.plan.told(self.found),
             "config": {
                 key: value
                 for key, value in entries.items()
-                if value != self.config_before.entries.get(key) and key not in ("dtype", "transformers_version")
+                if value != self.config_before.entries.get(key) and key not in COSMETIC
             },
         }
 
@@ -253,11 +259,34 @@ def reduce(job: ReduceJob, run: Run, identity: dict[str, Any], facts: Mapping[st
         "bytes_out": sum(spec.nbytes for spec in job.specs),
         "ratio": job.checkpoint.nbytes / sum(spec.nbytes for spec in job.specs),
     }
-    more = {**facts, "size": size, "quality": quality, "reduction": job.facts(), "checks": checks}
+    more = {**facts, "size": size, "quality": quality, "reduction": job.facts(smaller.skeleton), "checks": checks}
     return publish(job, writer, identity, job.plan.rows(job.found), more, files)
 
 
-FOUND = "decided"
+def multiply_adds(skeleton: Skeleton) -> int:
+    """Products with weights that a token takes: of matrices in blocks, of the head, and of the experts it is given to.
+
+    What attention does with keys and values is left out: it depends on the text's length.
+    """
+    text = skeleton.model.config.get_text_config()
+    head = skeleton.model.get_output_embeddings()
+    total = 0 if head is None else head.weight.numel()
+    for name in (name for index in range(len(skeleton.blocks)) for name in skeleton.names_of(index)):
+        tensor = skeleton.get(name)
+        if tensor.ndim == 3 and not isinstance(skeleton.holder(name), CONVOLUTIONS):
+            total += tensor.numel() // len(tensor) * min(routed_to(text), len(tensor))
+        elif tensor.ndim == 2:
+            total += tensor.numel()
+    return total
+
+
+ROUTED = ("num_experts_per_tok", "moe_topk", "top_k_experts")  # what configurations call the experts of a token
+
+
+def routed_to(text: Any) -> int:
+    """How many experts a token is given to, by a configuration; 1 if it does not say."""
+    found = (getattr(text, name, None) for name in ROUTED)
+    return next((value for value in found if isinstance(value, int)), 1)
 
 
 def write(job: ReduceJob, writer: CheckpointWriter) -> None:

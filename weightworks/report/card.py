@@ -8,6 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from weightworks.report.reduction import parameters
+from weightworks.report.reduction import run_time as time_of_smaller
 from weightworks.report.sparsity import run_time, sparsity, weight_on_disk
 from weightworks.store.checkpoint import Checkpoint
 
@@ -44,10 +46,14 @@ def model_card(source: Checkpoint, name: str, provenance: dict[str, Any], dequan
     bits = options.get("bits")
     quality = provenance.get("quality", {})
     size = provenance["size"]
-    sentence = f"`{source.name}` {_done(identity['method'], options)}."
+    reduction = provenance.get("reduction")
+    done = _done(identity["method"], options) if reduction is None else _smaller(identity["method"], reduction)
+    sentence = f"`{source.name}` {done}."
     rows = [("weights on disk", f"{size['bytes_out']:,} bytes, {size['bytes_in'] / size['bytes_out']:.2f}x smaller")]
     if "kept_weights" in size:
         rows += [("sparsity", sparsity(size)), ("size", weight_on_disk(size)), ("run time gain", run_time(options))]
+    if reduction is not None:
+        rows += [("parameters", parameters(reduction)), ("run time", time_of_smaller(reduction))]
     if "quantized_weights" in size:
         rows.append(("bits a weight", f"{size['bits_a_weight']:.3f} in quantized layers, scales included"))
     if quality:
@@ -63,7 +69,7 @@ def model_card(source: Checkpoint, name: str, provenance: dict[str, Any], dequan
     degraded = provenance["fallbacks"]
     listed = "\n".join(f"- {line}" for line in degraded)
     return _filled(
-        front=front_matter(source, bits, pruned="kept_weights" in size),
+        front=front_matter(source, bits, pruned="kept_weights" in size or reduction is not None),
         name=name,
         sentence=sentence,
         facts="\n".join(f"| {key} | {value} |" for key, value in rows),
@@ -87,6 +93,11 @@ def _done(label: str, options: Mapping[str, Any]) -> str:
         f"by {options['sparsity']:.4g}" if pattern == "unstructured" else f"to {pattern.replace(':', ' of every ')}"
     )
     return f"pruned {amount} ({method})" + (f" and quantized to {bits} bits ({grid})" if bits else "")
+
+
+def _smaller(label: str, reduction: Mapping[str, Any]) -> str:
+    """What a method removed, in a few words."""
+    return f"made smaller ({label.rsplit('.', maxsplit=1)[-1]}): {'; '.join(reduction['done'])}"
 
 
 def merge_card(models: Sequence[Checkpoint], base: Checkpoint | None, name: str, provenance: dict[str, Any]) -> str:

@@ -60,9 +60,13 @@ class Choice:
 
 
 class Narrowing(Protocol):
-    """``reduces = "units"``: looks at the inputs of the weight that each part writes with."""
+    """``reduces = "units"``: looks at the inputs of the weight that each part writes with.
+
+    ``kinds`` are those of units that go.
+    """
 
     options: Options
+    kinds: Sequence[Kind]
 
     def stays(self, kind: Kind, groups: int, heads: int, size: int) -> tuple[int, int] | None:
         """How many groups stay of a part, and heads of each; None: parts of this kind are left alone."""

@@ -48,14 +48,25 @@ class Configuration:
         return entries
 
     def called(self, name: str) -> str:
-        """The name that files have for transformers' common ``name`` of an entry."""
+        """The name that transformers writes for the common ``name`` of an entry."""
+        return self._names.get(name, name)
+
+    def _aliases(self, key: str) -> list[str]:
+        """Other names of an entry that files may have."""
+        return [alias for alias, name in self._names.items() if name == key]
+
+    @property
+    def _names(self) -> Mapping[str, str]:
         names: Mapping[str, str] = getattr(self.known.get_text_config(), "attribute_map", {})
-        return names.get(name, name)
+        return names
 
     def changed(self, values: Mapping[str, Any]) -> Configuration:
         """With other ``values`` of some entries; raises :class:`ArchitectureError` where transformers takes them not."""
         raw, section = copy.deepcopy(dict(self.raw)), self.section
-        (raw if section is None else raw[section]).update(values)
+        part = raw if section is None else raw[section]
+        for key, value in values.items():  # under the names the file has: two that differ would contradict each other
+            own = [name for name in (key, *self._aliases(key)) if name in part]
+            part.update(dict.fromkeys(own or [key], value))
         try:
             known = type(self.known).from_dict(copy.deepcopy(raw))
         except Exception as error:  # whatever the configuration's own checks raise, it is no configuration
@@ -82,15 +93,9 @@ def resized(base: Configuration, old: int, new: int, wanted: Stored) -> Configur
             tried[", ".join(values)] = str(error).partition(": ")[2]
         else:
             return found
-    named = [f"{names} ({reason[:160]})" for names, reason in list(tried.items())[:3]]
-    raise ArchitectureError(
-        f"{base.where}: {type(base.known).__name__} cannot express {new} in place of {old}: "
-        + (
-            f"no entry of that value makes such a model, tried {'; '.join(named)}"
-            if named
-            else "no entry has that value"
-        )
-    )
+    named = [f"{names}: {reason[:160]}" for names, reason in tried.items() if base.entries.get(names) == old]
+    why = f"no entry of that value makes such a model ({'; '.join(named[:3])})" if named else "no entry has that value"
+    raise ArchitectureError(f"{base.where}: {type(base.known).__name__} cannot express {new} in place of {old}: {why}")
 
 
 def _candidates(entries: Mapping[str, Any], old: int, new: int) -> Iterator[dict[str, Any]]:
@@ -115,8 +120,11 @@ def with_heads(base: Configuration, heads: int, groups: int, size: int) -> Confi
     return base.changed(values)
 
 
-def with_blocks(base: Configuration, kept: Sequence[int]) -> Configuration:
-    """``base`` with only the blocks ``kept``, in this order: lists with an entry a block follow, and lists of blocks."""
+def with_blocks(base: Configuration, kept: Sequence[int], *, every: bool) -> Configuration:
+    """``base`` with only the blocks ``kept``, in this order: lists of layers follow, and those with an entry a layer.
+
+    Such lists have ``layer`` in their names; ``every`` takes any list as long as there are blocks for one.
+    """
     entries = base.entries
     count = int(entries[base.called(DEPTH)])
     places = {block: place for place, block in enumerate(kept)}
@@ -124,7 +132,7 @@ def with_blocks(base: Configuration, kept: Sequence[int]) -> Configuration:
     for key, value in entries.items():
         if not isinstance(value, list) or not value or any(word in key for word in NO_LISTS):
             continue
-        if len(value) == count:
+        if len(value) == count and (every or "layer" in key):
             values[key] = [value[block] for block in kept]
         elif "layer" in key and all(type(one) is int and 0 <= one < count for one in value):
             values[key] = sorted(places[one] for one in value if one in places)
