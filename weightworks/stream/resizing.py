@@ -7,9 +7,12 @@ the entries whose value is the size that changes.
 from __future__ import annotations
 
 import copy
+import json
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -68,7 +71,9 @@ class Configuration:
             own = [name for name in (key, *self._aliases(key)) if name in part]
             part.update(dict.fromkeys(own or [key], value))
         try:
-            known = type(self.known).from_dict(copy.deepcopy(raw))
+            with tempfile.TemporaryDirectory(prefix="weightworks-") as folder:  # read as it will be: from a file
+                (Path(folder) / "config.json").write_text(json.dumps(raw), encoding="utf-8")
+                known = type(self.known).from_pretrained(folder)
         except Exception as error:  # whatever the configuration's own checks raise, it is no configuration
             raise ArchitectureError(f"{self.where}: {type(error).__name__}: {error}") from error
         return replace(self, raw=raw, known=known)
