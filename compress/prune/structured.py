@@ -103,10 +103,12 @@ class Method:
 
 
 def rounded(count: int, share: float, width: int, multiple: int) -> int:
-    """How many of ``count`` units of ``width`` inputs stay when a ``share`` goes: the nearest number whose width is a
-    multiple, at least one such; all where that is more than there are."""
+    """How many of ``count`` units of ``width`` inputs stay when a ``share`` goes.
+
+    The nearest number whose width is a multiple, of two as near the wider; at least one such, at most all.
+    """
     step = math.lcm(width, multiple) // width
-    return min(count, max(step, step * round(count * (1 - share) / step)))
+    return min(count, max(step, step * math.floor(count * (1 - share) / step + 0.5)))
 
 
 def importance(weight: torch.Tensor, norms: torch.Tensor) -> torch.Tensor:
