@@ -184,7 +184,9 @@ class Asked:
         if step not in self.run.writer.steps:
             if self.states is None:
                 self._prepare(self.run.calibration.tokens[:rows, :length])
-            self.run.writer.done(step, {"value": self._value(mixtures, compare)})
+            value = self._value(mixtures, compare)
+            self.run.writer.done(step, {"value": value})
+            self.job.progress.say(f"{step}: {len(mixtures)} of {self.blocks} blocks, {value:.4f}")
         return float(self.run.writer.steps[step]["value"])
 
     def _prepare(self, tokens: torch.Tensor) -> None:

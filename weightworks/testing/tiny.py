@@ -10,7 +10,7 @@ from weightworks.stream.builtin import HERE
 
 CALIBRATION_TEXT = HERE / "calibration.txt"
 VOCABULARY = 512  # more tokens than the widest layer has inputs, so that calibration inputs span them
-CALM = 0.1  # what blocks of a deep model add is small beside what passes them, as in trained ones
+CALM = 0.01  # what blocks of a deep model add is small beside what passes them, as in trained ones
 WIDTH = 128  # divisible by the usual group sizes
 
 
