@@ -16,25 +16,31 @@ import statistics
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from _measure import note, run, table
-from _ours import compress_command, fresh, work_folder
+import torch
+
+from _measure import note, table
+from _ours import fresh, work_folder
 from _perplexity import geometric_mean, perplexities, windows_of
+from compress import prune
 
 DOMAINS = ("prose", "scripture", "drama", "math", "code")
 PATTERNS = ("0.5", "0.6", "0.7", "2:4", "4:8")
 WINDOWS, SEQ_LEN, TOKENS = 64, 256, 10_000
-METHODS = {
-    "magnitude": ["--method", "magnitude"],
-    "magnitude, global": ["--method", "magnitude", "--scope", "global"],
-    "wanda": ["--method", "wanda"],
-    "wanda + owl": ["--method", "wanda", "--budget", "owl"],
-    "wanda + dsnot": ["--method", "wanda", "--repair", "dsnot"],
-    "ria": ["--method", "ria"],
-    "sparsegpt, as published": ["--method", "sparsegpt", "--act-order", "none", "--refine", "0"],
-    "sparsegpt": ["--method", "sparsegpt"],
-    "sparsegpt + owl": ["--method", "sparsegpt", "--budget", "owl"],
-    "sparsegpt + dsnot": ["--method", "sparsegpt", "--repair", "dsnot"],
+METHODS: dict[str, dict[str, Any]] = {
+    "magnitude": {"method": "magnitude"},
+    "magnitude, global": {"method": "magnitude", "scope": "global"},
+    "wanda": {"method": "wanda"},
+    "wanda + owl": {"method": "wanda", "budget": "owl"},
+    "wanda + dsnot": {"method": "wanda", "repair": "dsnot"},
+    "ria": {"method": "ria"},
+    "obert": {"method": "obert"},
+    "obert, matrix-free": {"method": "obert", "fisher": "matrix-free"},
+    "sparsegpt, as published": {"method": "sparsegpt", "act_order": "none", "refine": 0},
+    "sparsegpt": {"method": "sparsegpt"},
+    "sparsegpt + owl": {"method": "sparsegpt", "budget": "owl"},
+    "sparsegpt + dsnot": {"method": "sparsegpt", "repair": "dsnot"},
 }
 
 
@@ -52,9 +58,9 @@ class Case:
         return f"{self.model.name} | {self.method} | {self.pattern} | {self.seed}"
 
     @property
-    def words(self) -> list[str]:
-        amount = ["--pattern", self.pattern] if ":" in self.pattern else ["--sparsity", self.pattern]
-        return [*METHODS[self.method], *amount]
+    def options(self) -> dict[str, Any]:
+        amount = {"pattern": self.pattern} if ":" in self.pattern else {"sparsity": float(self.pattern)}
+        return {**METHODS[self.method], **amount}
 
 
 def possible(method: str, pattern: str) -> bool:
@@ -72,12 +78,11 @@ def cases(args: argparse.Namespace) -> Iterator[Case]:
                         yield Case(model, method, pattern, seed)
 
 
-def prune(case: Case, data: Path, work: Path) -> Path:
+def pruned(case: Case, data: Path, work: Path) -> Path:
     """Make the folder of ``case``."""
     out = fresh(work / "out")
-    text = ["--dataset", data / "calibration.txt", "--num-samples", str(WINDOWS), "--seq-len", str(SEQ_LEN)]
-    settings = [*text, "--seed", str(case.seed), "--dtype", "float32", "--overwrite", "--no-resume", "-q"]
-    run([compress_command(), "prune", case.model, *case.words, *settings, "-o", out], env={"OMP_NUM_THREADS": "1"})
+    text = {"dataset": str(data / "calibration.txt"), "num_samples": WINDOWS, "seq_len": SEQ_LEN}
+    prune(case.model, **case.options, **text, seed=case.seed, dtype="float32", resume=False, output_dir=out)
     return out
 
 
@@ -103,6 +108,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, help="keep the last output in this folder")
     parser.add_argument("--json", type=Path, metavar="FILE", help="keep results here, and do not measure again what is")
     args = parser.parse_args()
+    torch.set_num_threads(1)
     texts = [args.data / f"{domain}.test.txt" for domain in DOMAINS]
     if missing := [str(path) for path in (args.data / "calibration.txt", *texts) if not path.is_file()]:
         parser.error(f"--data: not found: {', '.join(missing)}")
@@ -114,7 +120,7 @@ def main() -> None:
     with work_folder(args.work) as work:
         for case in cases(args):
             if case.key not in found:
-                found[case.key] = geometric_mean(perplexities(prune(case, args.data, work), windows[case.model]))
+                found[case.key] = geometric_mean(perplexities(pruned(case, args.data, work), windows[case.model]))
                 note(f"{case.key}: {found[case.key]:.3f}")
                 if args.json:
                     args.json.write_text(json.dumps(found, indent=1) + "\n")

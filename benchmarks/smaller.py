@@ -120,7 +120,8 @@ def rows_of(args: argparse.Namespace, model: Path, found: Mapping[str, Any]) -> 
             f"{first['parameters_out'] / first['parameters_in']:.1%}",
             f"{first['multiply_adds_out'] / first['multiply_adds_in']:.1%}",
             f"{min(one['seconds'] for one in results) / dense['seconds']:.2f}",
-            f"{statistics.mean(values):.2f}" + (f" ({min(values):.2f} to {max(values):.2f})" if len(values) > 1 else ""),
+            f"{statistics.mean(values):.2f}"
+            + (f" ({min(values):.2f} to {max(values):.2f})" if len(values) > 1 else ""),
         ]
 
 

@@ -209,7 +209,7 @@ stages:
     from: base
     matrix: {use: [prune.magnitude, prune.wanda]}
     with: {pattern: "2:4", ignore: ["*.self_attn.*"], dataset: TEXT, num_samples: 4, seq_len: 64}
-  small: {use: quantize.rtn, from: "sparse[use=prune.wanda]", with: {bits: 4, group_size: 64}}
+  small: {use: quantize.rtn, from: "sparse[use=wanda]", with: {bits: 4, group_size: 64}}
   scores: {use: score.perplexity, from: [base, sparse, small], with: {texts: [TEXT], seq_len: 64, max_tokens: 256}}
 report: [scores]
 """
@@ -222,9 +222,9 @@ def test_recipes_prune(compress: Commands, tiny_llama: Path, tmp_path: Path) -> 
     run = compress("run", recipe, "--json", cwd=tmp_path)
     assert run.code == 0, run.err
     stages = {stage["name"]: stage for stage in run.json["stages"]}
-    assert stages["sparse[use=prune.wanda]"]["state"] == "ran"
+    assert stages["sparse[use=wanda]"]["state"] == "ran"
     assert compress("run", recipe, cwd=tmp_path).code == 0
-    sparse, small = (Path(stages[name]["folder"]) for name in ("sparse[use=prune.wanda]", "small"))
+    sparse, small = (Path(stages[name]["folder"]) for name in ("sparse[use=wanda]", "small[use=wanda]"))
     decoded = DenseView(Checkpoint.open(small))
     for name, (_, mask) in zeros(sparse).items():
         assert not decoded.read(name)[~mask].any()

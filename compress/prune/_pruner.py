@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -34,14 +35,14 @@ class Pruner:
         return [owl(self.options)] if self.options.budget == "owl" else []
 
 
-class Scored(Pruner):
+class Scored(Pruner, ABC):
     """A blockwise method that is a score of each weight and its input, and leaves the kept weights as they are."""
 
     scope: Scope = "row"
 
+    @abstractmethod
     def score(self, weight: torch.Tensor, columns: Columns) -> torch.Tensor:
         """How much each of ``weight`` [out, in] is worth, [out, in], at least 0."""
-        raise NotImplementedError
 
     def held(self, columns: int) -> int:
         return 16 * columns

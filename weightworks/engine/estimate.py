@@ -84,8 +84,12 @@ def estimate(
     sizes = _sizes(job, tokens, probe, dtype)
     limit = job.settings.memory_limit or free_memory() + resident()
     on_disk, statistics = False, sizes.statistics
+    scratch = (2 * sizes.activations + 4 * sizes.probe) if tokens else 0
     if tokens is None:
         phases = _tensorwise_phases(sizes)
+    elif hasattr(job.method, "trace"):
+        on_disk, statistics, phases = _gradient_phases(job, sizes, tokens, limit)
+        scratch += len(job.skeleton.blocks) * sizes.activations
     else:
         phases = _blockwise_phases(sizes, statistics, on_disk=False)
         if max(phases.values()) > limit:
@@ -94,17 +98,17 @@ def estimate(
         room = max(0, min(limit, 2 * max(phases.values())) - max(phases.values()))
         statistics = min(sizes.stage_statistics, statistics + room)
         phases = _blockwise_phases(sizes, statistics, on_disk=on_disk)
-    if tokens is not None and hasattr(job.method, "apply"):  # inputs are looked at by its surveys alone
+    if tokens is not None and not hasattr(job.method, "solve"):  # the result is scored afterwards
         phases |= {name: max(held, phases.get(name, 0)) for name, held in _tensorwise_phases(sizes).items()}
     blocks = len(job.skeleton.blocks)
     # As many as take no more than the leanest run: by sizes alone, so that every machine checks the same.
-    lean = phases if tokens is None else _blockwise_phases(sizes, sizes.statistics, on_disk=True)
+    streams = tokens is not None and not hasattr(job.method, "trace")
+    lean = _blockwise_phases(sizes, sizes.statistics, on_disk=True) if streams else phases
     room = max(*lean.values(), sizes.base + RELOADED)
     fit = (room - _reloading(sizes, 0)) // max(_reloading(sizes, 1) - _reloading(sizes, 0), 1)
     reload_blocks = max(1, min(blocks, fit))
     phases["reloading the result"] = _reloading(sizes, reload_blocks)
     name = max(phases, key=lambda phase: phases[phase])
-    scratch = (2 * sizes.activations + 4 * sizes.probe) if tokens else 0
     return Estimate(
         output_bytes=job.weight_bytes,
         disk_bytes=job.weight_bytes + scratch,
@@ -231,6 +235,36 @@ def _tensorwise_phases(s: _Sizes) -> dict[str, int]:
     )
 
 
+def _gradient_phases(
+    job: Job | ReduceJob, s: _Sizes, tokens: tuple[int, int], limit: int
+) -> tuple[bool, int, dict[str, int]]:
+    """Whether gradients between blocks go to disk, the room for a round of traces, and peak bytes by phase.
+
+    The graph of a window holds about a dozen tensors as wide as the widest output, and the scores of all heads.
+    """
+    config = job.skeleton.model.config.get_text_config()
+    length, heads = tokens[1], int(getattr(config, "num_attention_heads", 1))
+    widest = max(linear.shape[0] for linear in job.linears.values())
+    graph = 4 * (12 * length * widest + 3 * heads * length**2)
+    traces = [[job.method.traced(math.prod(one.shape), tokens[0]) for one in block] for block in job.blocks]
+    least, most = max(map(max, filter(None, traces))), max(map(sum, traces))
+
+    def phases(room: int, *, on_disk: bool) -> dict[str, int]:
+        return _with_heap(
+            s.base + s.probe + (0 if on_disk else s.activations),
+            {
+                "loading what is outside the blocks": s.outside + s.outside_largest,
+                "tracing a block": 8 * s.block_count + room + graph,
+                "scoring": s.outside + 4 * s.logits,
+            },
+        )
+
+    on_disk = max(phases(least, on_disk=False).values()) > limit
+    spare = limit - max(phases(0, on_disk=on_disk).values())
+    room = max(least, min(most, spare))
+    return on_disk, room, phases(room, on_disk=on_disk)
+
+
 def _with_heap(kept: int, phases: dict[str, int]) -> dict[str, int]:
     """``kept`` and each phase's own bytes, with those that the allocator keeps of what other phases have freed."""
     heap = min(HEAP_BYTES, max(phases.values()))
@@ -260,8 +294,10 @@ def _seconds(job: Job | ReduceJob, tokens: tuple[int, int] | None, probe: tuple[
     if tokens:
         count = tokens[0] * tokens[1]
         surveys = job.method.surveys() if hasattr(job.method, "surveys") else ()
-        passes = (hasattr(job.method, "solve") or hasattr(job.method, "reduces")) + sum(
-            survey.watch is not None for survey in surveys
+        passes = (
+            (hasattr(job.method, "solve") or hasattr(job.method, "reduces"))
+            + 2 * hasattr(job.method, "trace")
+            + sum(survey.watch is not None for survey in surveys)
         )
         work += 2.0 * 2 * passes * count * weights / speed[str(dtype).removeprefix("torch.")]
     if tokens and job.second_moments:

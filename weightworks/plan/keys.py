@@ -94,9 +94,9 @@ def material(stage: Stage, inputs: Mapping[str, Any], digests: Digests) -> dict[
 
 def reads_text(method: Any) -> bool:
     """Whether a method, or a survey it asks for, looks at the inputs that a calibration text makes."""
-    changes = hasattr(method, "solve") or hasattr(method, "apply")  # the surveys of merges are others
-    surveys = method.surveys() if changes and hasattr(method, "surveys") else ()
-    reads = hasattr(method, "watch") or hasattr(method, "reduces")
+    merges = hasattr(method, "merge")  # their surveys are others
+    surveys = method.surveys() if hasattr(method, "surveys") and not merges else ()
+    reads = any(hasattr(method, name) for name in ("watch", "trace", "reduces"))
     return reads or any(survey.watch is not None for survey in surveys)
 
 

@@ -14,6 +14,7 @@ from weightworks.engine.blockwise import Blockwise, Written, prove_first
 from weightworks.engine.estimate import Estimate, estimate, refuse
 from weightworks.engine.executor import Executor
 from weightworks.engine.finish import copy_rest, finish, stream_perplexity
+from weightworks.engine.gradients import Backward
 from weightworks.engine.job import Job, digest_of
 from weightworks.engine.machine import compute_dtype, free_memory, pick_device
 from weightworks.engine.reducing import ReduceJob, Run, reduce
@@ -97,7 +98,9 @@ def run_stage(
     )
     calibration = calibrate(job) if reads_text(method) else None
     probe = check_windows(checkpoint, job.skeleton, trust_remote_code=settings.trust_remote_code)
-    dtype = compute_dtype(settings.dtype, stored_dtype(checkpoint), job.device) if calibration else torch.float32
+    dtype = torch.float32  # also what gradients are computed in
+    if calibration is not None and not hasattr(method, "trace"):
+        dtype = compute_dtype(settings.dtype, stored_dtype(checkpoint), job.device)
     data = {} if calibration is None else {"calibration": calibration.digest, "dtype": str(dtype)}
     announce(resolved(job, calibration, dtype))
     if not dry_run or target.exists():  # the identity takes reading every byte of the input, once
@@ -161,7 +164,13 @@ def execute(
             copy_rest(job, writer)
         else:
             job.returns_tuple = prove_first(job, writer, probe)
-            results = {"rows": run_tensorwise(job, writer, executor), "dense": stream_perplexity(job, job.view, probe)}
+            if calibration is not None and hasattr(job.method, "trace"):
+                rows = Backward(
+                    job, writer, calibration, probe, on_disk=costs.on_disk, traced_bytes=costs.statistics_bytes
+                ).run()
+            else:
+                rows = run_tensorwise(job, writer, executor)
+            results = {"rows": rows, "dense": stream_perplexity(job, job.view, probe)}
             copy_rest(job, writer)
             written = Written(job, writer)
             results["result"] = stream_perplexity(job, written, probe)

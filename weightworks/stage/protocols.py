@@ -79,6 +79,31 @@ class Blockwise(Protocol):
         """New weights for float32 ``weights`` [out, in] that read the same input; the list and the statistics may be used up."""
 
 
+class Gradients(Protocol):
+    """What a method of gradients keeps of those of one weight."""
+
+    def add(self, gradient: torch.Tensor) -> None:
+        """Take in the gradient [out, in] of the mean loss of one calibration window."""
+
+
+class Gradientwise(Protocol):
+    """A method that looks at the gradients of the unchanged model's loss, one a calibration window."""
+
+    options: Options
+
+    def scheme(self) -> IntScheme | None:
+        """How results are quantized; None if they are dense."""
+
+    def traced(self, elements: int, count: int) -> int:
+        """Bytes that :meth:`trace` takes."""
+
+    def trace(self, elements: int, count: int, device: torch.device) -> Gradients:
+        """A place for ``count`` gradients of a weight of so many elements."""
+
+    def answer(self, weight: torch.Tensor, traced: Any, target: Target) -> Solution:
+        """The new weight for float32 ``weight`` [out, in]; what was traced may be used up."""
+
+
 class Tensorwise(Protocol):
     """A method that needs nothing but the weight itself."""
 
@@ -110,7 +135,7 @@ class Survey:
 
 
 class Pruning(Protocol):
-    """What a method that prunes has beside its shape, :class:`Blockwise` or :class:`Tensorwise`."""
+    """What a method that prunes has beside its shape, :class:`Blockwise`, :class:`Gradientwise` or :class:`Tensorwise`."""
 
     masks: bool
     """True: its solutions have masks, which are kept beside the weights."""

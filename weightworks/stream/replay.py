@@ -177,6 +177,11 @@ def _output(hidden: torch.Tensor, returns_tuple: int) -> Any:
 @torch.no_grad()
 def tail(skeleton: Skeleton, tokens: torch.Tensor, hidden: torch.Tensor, *, returns_tuple: int) -> torch.Tensor:
     """Logits [batch, seq, vocabulary] from the last block's output, by the model's own final layers."""
+    return head(skeleton, tokens, hidden, returns_tuple=returns_tuple)
+
+
+def head(skeleton: Skeleton, tokens: torch.Tensor, hidden: torch.Tensor, *, returns_tuple: int) -> torch.Tensor:
+    """:func:`tail` with gradients where they are on."""
 
     def make(index: int, block: nn.Module) -> Callable[..., Any]:
         return lambda *args, **kwargs: _output(hidden, returns_tuple)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import torch
 
 HEAVY = ("torch", "numpy", "scipy", "transformers", "safetensors")
-WIDTH, TOKENS = 128, 256  # of the matrices a method is tried on by itself
+WIDTH, TOKENS, WINDOWS = 128, 256, 16  # of the matrices a method is tried on by itself
 
 
 # What a method's file says.
@@ -113,9 +113,11 @@ def has_one_shape(trial: Trial, folder: Path) -> None:
         demand(not missing, f"{label}: Method reduces {trial.reduces} and has no {', '.join(missing)}")
         return
     if trial.entry.kind in ("quantize", "prune"):
-        tensorwise, blockwise = hasattr(method, "apply"), hasattr(method, "watch") and hasattr(method, "solve")
-        demand(tensorwise or blockwise, f"{label}: Method has neither `apply` nor `watch` and `solve`")
-        demand(not (tensorwise and blockwise), f"{label}: Method has `apply`, and `watch` and `solve`: which is meant?")
+        shapes = [("apply",), ("watch", "solve"), ("trace", "traced", "answer")]
+        said = [" and ".join(f"`{name}`" for name in names) for names in shapes]
+        has = [words for words, names in zip(said, shapes, strict=True) if all(hasattr(method, name) for name in names)]
+        demand(bool(has), f"{label}: Method has neither {', nor '.join(said)}")
+        demand(len(has) == 1, f"{label}: Method has {', and '.join(has)}: which is meant?")
         with told(f"{label}: Method.scheme() fails"):
             scheme = method.scheme()
         needed = scheme is not None or trial.entry.kind == "prune"
@@ -154,7 +156,7 @@ def same_seed_same_bytes(trial: Trial, folder: Path) -> None:
 def remembers_nothing(trial: Trial, folder: Path) -> None:
     """A weight's result does not depend on the weights before it, so that a resumed run ends in the same bytes."""
     method = trial.module.Method(trial.module.Options())
-    if not hasattr(method, "apply") and not hasattr(method, "solve"):
+    if not any(hasattr(method, name) for name in ("apply", "solve", "answer")):
         return  # it sees the whole model at once
     with told(f"{trial.label} cannot be applied to a random weight of {WIDTH} x {WIDTH}"), one_thread():
         for seed in (1, 2):
@@ -329,8 +331,14 @@ def solution(method: Any, weight: torch.Tensor) -> Any:
     with torch.no_grad():
         if hasattr(method, "apply"):
             return method.apply(weight.clone(), target)
+        generator = torch.Generator().manual_seed(7)
+        if hasattr(method, "trace"):
+            traced = method.trace(weight.numel(), WINDOWS, torch.device("cpu"))
+            for _ in range(WINDOWS):
+                traced.add(1e-3 * torch.randn(WIDTH, WIDTH, generator=generator))
+            return method.answer(weight.clone(), traced, target)
         statistics = method.watch(WIDTH, torch.device("cpu"))
-        statistics.add(torch.randn(TOKENS, WIDTH, generator=torch.Generator().manual_seed(7)))
+        statistics.add(torch.randn(TOKENS, WIDTH, generator=generator))
         return method.solve([weight.clone()], statistics, [target])[0]
 
 
