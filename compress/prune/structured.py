@@ -15,6 +15,7 @@ from pydantic import Field, model_validator
 
 from compress.columns import Columns
 from compress.hessian import Hessian, factor
+from compress.prune._taylor import Gradients
 from compress.sweep import output_energy, relative_loss
 from weightworks.options import Options as BaseOptions
 from weightworks.stage.reducing import Choice, Kind, Part
@@ -34,6 +35,11 @@ class Options(BaseOptions):
         "heads of every group",
     )
     round_to: int = Field(64, ge=1, description="widths that stay are multiples of this, the nearest; 1: any width")
+    importance: Literal["activation", "taylor", "taylor-second", "taylor-mix"] = Field(
+        "activation",
+        description="a unit's worth: activation, by Wanda's scores of what it feeds; or by gradients of all its weights: "
+        "taylor |w g|, taylor-second |w^2 F|, taylor-mix |w g - w^2 F / 2|",
+    )
     repair: Literal["none", "least-squares"] = Field(
         "none", description="what stays takes over for what goes: least-squares, on the calibration text"
     )
@@ -68,6 +74,25 @@ class Method:
             return groups, rounded(heads, share, groups * size, options.round_to)
         return rounded(groups, share, heads * size, options.round_to), heads
 
+    @property
+    def gradients(self) -> bool:
+        return self.options.importance != "activation"
+
+    @property
+    def inputs(self) -> bool:
+        return not self.gradients or self.options.repair != "none"
+
+    def traced(self, elements: int, count: int) -> int:
+        return Gradients.nbytes(elements)
+
+    def trace(self, elements: int, count: int, device: torch.device) -> Gradients:
+        return Gradients(device)
+
+    def weigh(self, weight: torch.Tensor, traced: Gradients, axis: int) -> torch.Tensor:
+        order = self.options.importance
+        assert order != "activation"
+        return traced.worth(weight, order).sum(1 - axis)
+
     def held(self, columns: int) -> int:
         return 16 * columns if self.options.repair == "none" else 4 * columns**2
 
@@ -77,7 +102,10 @@ class Method:
     def watch(self, columns: int, device: torch.device) -> Columns | Hessian:
         return Columns(columns, device) if self.options.repair == "none" else Hessian(columns, device)
 
-    def choose(self, part: Part, weight: torch.Tensor, statistics: Any) -> Choice:
+    def choose(self, part: Part, weight: torch.Tensor, statistics: Any, worth: torch.Tensor | None) -> Choice:
+        if statistics is None:
+            assert worth is not None
+            return chosen(part, worth, {}, [])
         fallbacks = [f"{statistics.dropped} inputs were not finite and left out"] if statistics.dropped else []
         facts: dict[str, Any] = {"tokens": statistics.tokens}
         if not statistics.tokens:
@@ -85,13 +113,13 @@ class Method:
             statistics = Columns(weight.shape[1], weight.device)
         hessian = None if isinstance(statistics, Columns) else statistics.finish()
         norms = statistics.norms() if hessian is None else (hessian.diagonal() / 2).sqrt()
-        scores = importance(weight, norms)
-        heads = strongest(scores, part)
-        columns = (heads.flatten()[:, None] * part.size + torch.arange(part.size)).flatten().to(weight.device)
-        total = float(scores.sum())
-        facts["lost_importance"] = 1 - float(scores[columns].sum()) / total if total > 0 else 0.0
+        if worth is None:
+            scores = importance(weight, norms).cpu().double()
+            worth = scores.view(part.groups, part.heads, part.size).sum(-1)
+        choice = chosen(part, worth, facts, fallbacks)
         if hessian is None:
-            return Choice(heads, None, facts, fallbacks)
+            return choice
+        columns = (choice.heads.flatten()[:, None] * part.size + torch.arange(part.size)).flatten().to(weight.device)
         repaired = least_squares(weight, hessian, columns, self.options.damp_percent)
         if repaired is None:
             fallbacks.append("inputs are not definite at any damping, not repaired")
@@ -99,7 +127,15 @@ class Method:
         change = weight.clone()
         change[:, columns] -= kept
         facts["relative_error"] = relative_loss(output_energy(change, hessian), output_energy(weight, hessian))
-        return Choice(heads, repaired, facts, fallbacks)
+        choice.weight = repaired
+        return choice
+
+
+def chosen(part: Part, worth: torch.Tensor, facts: dict[str, Any], fallbacks: list[str]) -> Choice:
+    """The choice by ``worth`` [groups, heads] alone."""
+    heads, total = strongest(worth, part), float(worth.sum())
+    facts["lost_importance"] = 1 - float(worth.flatten()[heads].sum()) / total if total > 0 else 0.0
+    return Choice(heads, None, facts, fallbacks)
 
 
 def rounded(count: int, share: float, width: int, multiple: int) -> int:
@@ -116,9 +152,9 @@ def importance(weight: torch.Tensor, norms: torch.Tensor) -> torch.Tensor:
     return weight.abs().mean(0) * norms
 
 
-def strongest(scores: torch.Tensor, part: Part) -> torch.Tensor:
-    """The heads of ``part`` that stay by ``scores`` [in], int64 [kept_groups, kept_heads], ascending; of equals the later."""
-    worth = scores.cpu().double().view(part.groups, part.heads, part.size).sum(-1)  # [groups, heads]
+def strongest(worth: torch.Tensor, part: Part) -> torch.Tensor:
+    """The heads of ``part`` that stay by ``worth`` [groups, heads], int64 [kept_groups, kept_heads], ascending; of equals
+    the later."""
     groups = _top(worth.sum(1), part.kept_groups)
     inside = torch.stack([_top(worth[group], part.kept_heads) for group in groups.tolist()])
     return groups[:, None] * part.heads + inside

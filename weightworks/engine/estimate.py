@@ -19,6 +19,7 @@ from weightworks.engine.job import Job
 from weightworks.engine.machine import free_memory, resident, speeds
 from weightworks.engine.reducing import ReduceJob
 from weightworks.errors import ResourceError
+from weightworks.stage.protocols import by_gradients
 from weightworks.stream.linears import Linear
 from weightworks.stream.passes import batch_windows
 
@@ -87,8 +88,10 @@ def estimate(
     scratch = (2 * sizes.activations + 4 * sizes.probe) if tokens else 0
     if tokens is None:
         phases = _tensorwise_phases(sizes)
-    elif hasattr(job.method, "trace"):
+    elif by_gradients(job.method):
         on_disk, statistics, phases = _gradient_phases(job, sizes, tokens, limit)
+        if hasattr(job.method, "watch"):  # a pass over inputs follows
+            phases |= _blockwise_phases(sizes, max(statistics, sizes.statistics), on_disk=on_disk)
         scratch += len(job.skeleton.blocks) * sizes.activations
     else:
         phases = _blockwise_phases(sizes, statistics, on_disk=False)
@@ -102,7 +105,7 @@ def estimate(
         phases |= {name: max(held, phases.get(name, 0)) for name, held in _tensorwise_phases(sizes).items()}
     blocks = len(job.skeleton.blocks)
     # As many as take no more than the leanest run: by sizes alone, so that every machine checks the same.
-    streams = tokens is not None and not hasattr(job.method, "trace")
+    streams = tokens is not None and not by_gradients(job.method)
     lean = _blockwise_phases(sizes, sizes.statistics, on_disk=True) if streams else phases
     room = max(*lean.values(), sizes.base + RELOADED)
     fit = (room - _reloading(sizes, 0)) // max(_reloading(sizes, 1) - _reloading(sizes, 0), 1)
@@ -296,7 +299,7 @@ def _seconds(job: Job | ReduceJob, tokens: tuple[int, int] | None, probe: tuple[
         surveys = job.method.surveys() if hasattr(job.method, "surveys") else ()
         passes = (
             (hasattr(job.method, "solve") or hasattr(job.method, "reduces"))
-            + 2 * hasattr(job.method, "trace")
+            + 2 * by_gradients(job.method)
             + sum(survey.watch is not None for survey in surveys)
         )
         work += 2.0 * 2 * passes * count * weights / speed[str(dtype).removeprefix("torch.")]

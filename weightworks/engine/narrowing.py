@@ -13,16 +13,18 @@ from typing import Any
 import torch
 
 from weightworks.engine.blockwise import bounded
+from weightworks.engine.gradients import Backward
 from weightworks.engine.reducing import Layout, ReduceJob, Run
 from weightworks.engine.walk import Walk
 from weightworks.errors import ArchitectureError, MethodError
+from weightworks.stage.protocols import by_gradients
 from weightworks.stage.reducing import Choice, Kind, Part
 from weightworks.store.reduced import Cut, ReducedView, Restored
 from weightworks.stream.linears import Linear, read_linear, write_linear
 from weightworks.stream.passes import shell
 from weightworks.stream.replay import first_calls
 from weightworks.stream.resizing import Configuration, resized, with_heads
-from weightworks.stream.symmetry import HEAD, PROBE, Family, rows_of, search
+from weightworks.stream.symmetry import HEAD, PROBE, Family, Segments, Shape, rows_of, search
 
 TOLERANCE = 1e-4  # of what the part adds to the block's output: float32 leaves about 1e-6
 PARTS = {"channels": "feed-forward part of that width", "heads": "attention"}
@@ -141,34 +143,72 @@ class Narrow:
         return Layout(self.cuts(heads), self.config, range(len(self.job.blocks)))
 
     def find(self, run: Run) -> list[dict[str, Any]]:
+        worth = self._worth(run) if by_gradients(self.job.method) else {}
+        if not self.job.method.inputs:
+            blocks = [self._parts(index) for index in range(len(self.job.blocks))]
+            return [
+                self._chosen(run, part, self.job.linears[tensor], None, worth)[1]
+                for parts in blocks
+                for tensor, part in parts.items()
+            ]
         walk = Walk(
             self.job, run.writer, "narrowing", run.calibration.tokens, run.probe, run.dtype, on_disk=run.on_disk
         )
-        return [one for figures in walk.run(partial(self._block, walk, run)) for one in figures]
+        return [one for figures in walk.run(partial(self._block, walk, run, worth)) for one in figures]
 
-    def _block(self, walk: Walk, run: Run, index: int) -> list[dict[str, Any]]:
+    def _worth(self, run: Run) -> dict[str, torch.Tensor]:
+        """What the heads of every part are worth by gradients, float64 [groups, heads]."""
+        places = {axis.tensor: (family, axis) for family in self.families.values() for axis in family.axes}
+
+        def answer(linear: Linear, weight: torch.Tensor, traced: Any) -> dict[str, Any]:
+            if linear.tensor not in places:
+                return {}
+            family, axis = places[linear.tensor]
+            rows = self.job.method.weigh(weight, traced, axis.axis)
+            return {"part": family.name, "worth": dealt(axis.segments, family.shape, rows).tolist()}
+
+        loop = Backward(
+            self.job, run.writer, run.calibration, run.probe, on_disk=run.on_disk, traced_bytes=run.statistics_bytes
+        )
+        found: dict[str, torch.Tensor] = {}
+        for row in filter(None, loop.run(answer)):
+            worth = torch.tensor(row["worth"], dtype=torch.float64)
+            found[row["part"]] = found[row["part"]] + worth if row["part"] in found else worth
+        return found
+
+    def _parts(self, index: int) -> dict[str, Part]:
+        """The parts of a block by the weight that each writes with."""
+        return {
+            next(axis.tensor for axis in self.families[name].axes if axis.axis == 1): part
+            for name, part in self.parts.items()
+            if part.block == index
+        }
+
+    def _block(self, walk: Walk, run: Run, worth: Mapping[str, torch.Tensor], index: int) -> list[dict[str, Any]]:
         """Choose and mask in the loaded block, in the order of its forward pass."""
-        job, parts = self.job, {}
-        for name, part in self.parts.items():
-            if part.block == index:
-                parts[next(axis.tensor for axis in self.families[name].axes if axis.axis == 1)] = part
+        job, parts = self.job, self._parts(index)
         stages, never = walk.stages(index, [linear for linear in job.blocks[index] if linear.tensor in parts])
         found = []
         for groups in bounded(stages, run.statistics_bytes, job.held):
             statistics = walk.watched(index, groups, job.method.watch)
             for group in groups:
                 seen = statistics.pop(group.leader)
-                found += [self._choose(run, parts[linear.tensor], linear, seen) for linear in group.linears]
+                for linear in group.linears:
+                    masked, row = self._chosen(run, parts[linear.tensor], linear, seen, worth)
+                    write_linear(job.skeleton, index, linear, masked)
+                    found.append(row)
         for linear in never:
             seen = job.method.watch(linear.shape[1], job.device)
-            found.append(self._choose(run, parts[linear.tensor], linear, seen))
+            found.append(self._chosen(run, parts[linear.tensor], linear, seen, worth)[1])
         return found
 
-    def _choose(self, run: Run, part: Part, linear: Linear, statistics: Any) -> dict[str, Any]:
-        """What stays of one part; the loaded block loses the rest, and the writing weight is stored if it is repaired."""
+    def _chosen(
+        self, run: Run, part: Part, linear: Linear, statistics: Any, worth: Mapping[str, torch.Tensor]
+    ) -> tuple[torch.Tensor, dict[str, Any]]:
+        """The writing weight [out, in] of one part with zeros for what went, and what stays; it is stored if repaired."""
         job = self.job
         weight = read_linear(job.view, linear).to(job.device)
-        choice: Choice = job.method.choose(part, weight, statistics)
+        choice: Choice = job.method.choose(part, weight, statistics, worth.get(part.name))
         columns = rows_of(((HEAD, part.size),), self.families[part.name].shape, choice.heads).to(job.device)
         kept = weight[:, columns] if choice.weight is None else choice.weight
         stored = kept.to(linear.dtype).cpu()
@@ -176,10 +216,9 @@ class Narrow:
             run.writer.put(linear.tensor, stored.T.contiguous() if linear.transposed else stored)
         masked = torch.zeros_like(weight)
         masked[:, columns] = stored.to(weight)
-        write_linear(job.skeleton, part.block, linear, masked)
         row = {"tensor": linear.tensor, "part": part.name, "units": part.kind, "kept": part.kept, "of": part.count}
         told = {"fallbacks": choice.fallbacks} if choice.fallbacks else {}
-        return {**row, **choice.facts, **told, "heads": choice.heads.tolist()}
+        return masked, {**row, **choice.facts, **told, "heads": choice.heads.tolist()}
 
     def rows(self, found: Any) -> list[dict[str, Any]]:
         shapes = self.job.checkpoint.tensors
@@ -204,6 +243,18 @@ class Narrow:
                 if index not in of
             ]
         return lines
+
+
+def dealt(segments: Segments, shape: Shape, rows: torch.Tensor) -> torch.Tensor:
+    """Figures of the rows of an axis added up by head, float64 [groups, heads]; of what a group shares each has a part."""
+    heads = torch.zeros(shape.groups, shape.heads, dtype=torch.float64)
+    start = 0
+    for kind, size in segments:
+        stop = start + shape.count(kind) * size
+        sums = rows[start:stop].cpu().double().view(shape.count(kind), size).sum(-1)
+        heads += sums.view(shape.groups, shape.heads) if kind == HEAD else sums[:, None] / shape.heads
+        start = stop
+    return heads
 
 
 def first_of(part: Part) -> torch.Tensor:

@@ -14,7 +14,7 @@ from weightworks.engine.blockwise import Blockwise, Written, prove_first
 from weightworks.engine.estimate import Estimate, estimate, refuse
 from weightworks.engine.executor import Executor
 from weightworks.engine.finish import copy_rest, finish, stream_perplexity
-from weightworks.engine.gradients import Backward
+from weightworks.engine.gradients import Backward, solved
 from weightworks.engine.job import Job, digest_of
 from weightworks.engine.machine import compute_dtype, free_memory, pick_device
 from weightworks.engine.reducing import ReduceJob, Run, reduce
@@ -25,6 +25,7 @@ from weightworks.plan.keys import reads_text
 from weightworks.plan.reduce import plan_reduction
 from weightworks.report.progress import Progress
 from weightworks.stage import catalog
+from weightworks.stage.protocols import by_gradients
 from weightworks.stage.settings import Settings
 from weightworks.store.checkpoint import Checkpoint
 from weightworks.store.manifest import changed_files, read_provenance
@@ -99,7 +100,7 @@ def run_stage(
     calibration = calibrate(job) if reads_text(method) else None
     probe = check_windows(checkpoint, job.skeleton, trust_remote_code=settings.trust_remote_code)
     dtype = torch.float32  # also what gradients are computed in
-    if calibration is not None and not hasattr(method, "trace"):
+    if calibration is not None and not by_gradients(method):
         dtype = compute_dtype(settings.dtype, stored_dtype(checkpoint), job.device)
     data = {} if calibration is None else {"calibration": calibration.digest, "dtype": str(dtype)}
     announce(resolved(job, calibration, dtype))
@@ -164,10 +165,10 @@ def execute(
             copy_rest(job, writer)
         else:
             job.returns_tuple = prove_first(job, writer, probe)
-            if calibration is not None and hasattr(job.method, "trace"):
+            if calibration is not None and by_gradients(job.method):
                 rows = Backward(
                     job, writer, calibration, probe, on_disk=costs.on_disk, traced_bytes=costs.statistics_bytes
-                ).run()
+                ).run(solved(job, writer))
             else:
                 rows = run_tensorwise(job, writer, executor)
             results = {"rows": rows, "dense": stream_perplexity(job, job.view, probe)}

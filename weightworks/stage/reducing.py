@@ -60,13 +60,16 @@ class Choice:
 
 
 class Narrowing(Protocol):
-    """``reduces = "units"``: looks at the inputs of the weight that each part writes with.
+    """``reduces = "units"``: looks at the inputs of the weight that each part writes with, at gradients, or at both.
 
-    ``kinds`` are those of units that go.
+    ``kinds`` are those of units that go. With ``inputs`` off no text is sent through for statistics; with ``gradients``
+    the method has ``trace`` and ``traced`` as in :class:`weightworks.stage.protocols.Gradientwise`.
     """
 
     options: Options
     kinds: Sequence[Kind]
+    inputs: bool
+    gradients: bool
 
     def stays(self, kind: Kind, groups: int, heads: int, size: int) -> tuple[int, int] | None:
         """How many groups stay of a part, and heads of each; None: parts of this kind are left alone."""
@@ -77,8 +80,15 @@ class Narrowing(Protocol):
     def watch(self, columns: int, device: torch.device) -> Statistics:
         """Fresh statistics of the inputs of a writing weight."""
 
-    def choose(self, part: Part, weight: torch.Tensor, statistics: Any) -> Choice:
-        """What stays of ``part``, whose writing weight is float32 ``weight`` [out, count * size]."""
+    def weigh(self, weight: torch.Tensor, traced: Any, axis: int) -> torch.Tensor:
+        """What each row (``axis`` 0) or column (1) of float32 ``weight`` [out, in] is worth by its gradients."""
+
+    def choose(self, part: Part, weight: torch.Tensor, statistics: Any, worth: torch.Tensor | None) -> Choice:
+        """What stays of ``part``, whose writing weight is float32 ``weight`` [out, count * size].
+
+        ``statistics`` is None without ``inputs``; ``worth`` float64 [groups, heads] is the sum of what :meth:`weigh` gave
+        for all weights of the part, None without ``gradients``. What a group shares is dealt out to its heads.
+        """
 
 
 class Passing(Protocol):
