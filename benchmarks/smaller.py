@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import time
 from collections.abc import Iterator, Mapping
@@ -20,36 +19,47 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from _measure import note, run, table
-from _ours import compress_command, fresh, work_folder
+import torch
+
+from _measure import note, table
+from _ours import fresh, work_folder
 from _perplexity import geometric_mean, perplexities, windows_of
+from compress import prune
+from weightworks.errors import WeightworksError
 
 DOMAINS = ("prose", "scripture", "drama", "math", "code")
 WINDOWS, SEQ_LEN, TOKENS = 64, 256, 10_000
-REPAIR = ["--repair", "least-squares"]
-
-
-def channels(share: float, *more: str) -> list[str]:
-    return ["--method", "structured", "--sparsity", str(share), *more]
-
-
-def heads(share: float, *more: str) -> list[str]:
-    return ["--method", "structured", "--sparsity", "0", "--head-sparsity", str(share), *more]
-
-
-METHODS = {
-    "channels 25 %": channels(0.25),
-    "channels 25 %, repaired": channels(0.25, *REPAIR),
-    "channels 50 %": channels(0.5),
-    "channels 50 %, repaired": channels(0.5, *REPAIR),
-    "heads 25 %, groups": heads(0.25),
-    "heads 25 %, groups, repaired": heads(0.25, *REPAIR),
-    "heads 50 %, groups, repaired": heads(0.5, *REPAIR),
-    "heads 50 %, queries, repaired": heads(0.5, *REPAIR, "--head-unit", "query"),
-    "shortgpt, 1 block": ["--method", "shortgpt", "--layers", "1"],
-    "shortgpt, 2 blocks": ["--method", "shortgpt", "--layers", "2"],
-    "laco, 2 blocks a merge": ["--method", "laco", "--merge-layers", "2", "--threshold", "0.7"],
-    "laco, 3 blocks a merge": ["--method", "laco", "--merge-layers", "3", "--threshold", "0.45"],
+CHANNELS: dict[str, Any] = {"method": "structured"}
+HEADS: dict[str, Any] = {"method": "structured", "sparsity": 0.0}
+REPAIR = {"repair": "least-squares"}
+TAYLOR = {"importance": "taylor"}
+METHODS: dict[str, dict[str, Any]] = {
+    **{
+        f"{share:.0%} of channels{name}": {**CHANNELS, "sparsity": share, **more}
+        for share in (0.25, 0.5)
+        for name, more in {
+            "": {},
+            ", taylor": TAYLOR,
+            ", taylor-second": {"importance": "taylor-second"},
+            ", repaired": REPAIR,
+            ", taylor, repaired": {**TAYLOR, **REPAIR},
+        }.items()
+    },
+    **{
+        f"{share:.0%} of heads{name}": {**HEADS, "head_sparsity": share, **more}
+        for share, name, more in (
+            (0.25, ", groups", {}),
+            (0.25, ", groups, taylor", TAYLOR),
+            (0.25, ", groups, repaired", REPAIR),
+            (0.5, ", groups, repaired", REPAIR),
+            (0.5, ", groups, taylor, repaired", {**TAYLOR, **REPAIR}),
+            (0.5, ", queries, repaired", {**REPAIR, "head_unit": "query"}),
+        )
+    },
+    "shortgpt, 1 block": {"method": "shortgpt", "layers": 1},
+    "shortgpt, 2 blocks": {"method": "shortgpt", "layers": 2},
+    "laco, 2 blocks a merge": {"method": "laco", "merge_layers": 2},
+    "laco, 3 blocks a merge": {"method": "laco", "merge_layers": 3},
 }
 
 
@@ -69,18 +79,18 @@ class Case:
 def make(case: Case, data: Path, work: Path) -> Path | None:
     """Make the folder of ``case``; None if the model cannot be made smaller so (heads of OPT have no configuration)."""
     out = fresh(work / "out")
-    text = ["--dataset", data / "calibration.txt", "--num-samples", str(WINDOWS), "--seq-len", str(SEQ_LEN)]
-    settings = [*text, "--seed", str(case.seed), "--dtype", "float32", "--overwrite", "--no-resume", "-q", "-o", out]
-    words = [compress_command(), "prune", case.model, *METHODS[case.method], *settings]
-    done = run(words, env={"OMP_NUM_THREADS": "1"}, check=False)
-    if not out.is_dir():
-        note(f"{case.key}: {done.stderr.strip().splitlines()[0][:150]}")
+    text = {"dataset": str(data / "calibration.txt"), "num_samples": WINDOWS, "seq_len": SEQ_LEN}
+    settings = {**text, "seed": case.seed, "dtype": "float32", "resume": False}
+    try:
+        prune(case.model, **METHODS[case.method], **settings, output_dir=out)
+    except WeightworksError as error:
+        note(f"{case.key}: {str(error)[:150]}")
         return None
     return out
 
 
 def scored(folder: Path, windows: list[Any]) -> dict[str, float]:
-    """Perplexity, and the CPU seconds of this process that it took, loading apart."""
+    """Perplexity, and the CPU seconds of this process that it took, loading included."""
     started = time.process_time()
     value = geometric_mean(perplexities(folder, windows))
     return {"perplexity": value, "seconds": time.process_time() - started}
@@ -135,7 +145,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="keep results here, and do not measure again what is")
     args = parser.parse_args()
     found: dict[str, Any] = json.loads(args.json.read_text()) if args.json and args.json.is_file() else {}
-    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
     measure(args, found)
     for model in args.models:
         dense = found[model.name]["perplexity"]

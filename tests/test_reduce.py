@@ -197,6 +197,15 @@ def test_what_is_not_understood_is_refused(kind: str, options: dict[str, Any], t
         reduce(source, tmp_path / "out", "structured", **options)
 
 
+def test_numbers_of_heads_that_would_do_are_told(tmp_path: Path) -> None:
+    """transformers wants heads to divide the width of the stream, whatever their size."""
+    options = {**LLAMA, "num_attention_heads": 8, "num_key_value_heads": 4}
+    source = Architecture("llama", options).save(tmp_path / "source")
+    with pytest.raises(ArchitectureError, match=r"with 6 of 8 heads has no configuration: .* not a multiple") as info:
+        planned(source, "structured", sparsity=0.0, head_sparsity=0.25, round_to=8)
+    assert info.value.hint == "its configuration can express 2 or 4 of 8; else remove channels only"
+
+
 def test_widths_that_round_to_all_are_refused(tmp_path: Path) -> None:
     source = ARCHITECTURES["llama"].save(tmp_path / "source")
     with pytest.raises(MethodError, match=r"rounded, nothing would go of 96 channels, 1 inputs each"):

@@ -7,6 +7,7 @@ are the same in all blocks, for a configuration holds one of each.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -95,9 +96,31 @@ class Narrow:
                 raise ArchitectureError(
                     f"{self.job.label}: {type(self.job.skeleton.model).__name__} with {part.kept} of {part.count} "
                     f"{part.kind} has no configuration: {str(error).partition(': ')[2]}",
-                    hint=WAYS[part.kind],
+                    hint=self._way(part),
                 ) from error
         return config
+
+    def _way(self, part: Part) -> str:
+        """What can be asked for instead of what no configuration says."""
+        if part.kind == "channels":
+            return WAYS["channels"]
+        fewer = part.kept_groups < part.groups
+        counts = []
+        for count in range(1, part.groups if fewer else part.heads):
+            groups, heads = (count, part.heads) if fewer else (part.groups, count)
+            one = replace(part, kept_groups=groups, kept_heads=heads)
+            wanted = ReducedView(self.job.checkpoint, self.cuts(self._alike(one)))
+            try:
+                with_heads(self.job.config_before, one.kept, groups, part.size).build(wanted)
+            except ArchitectureError:
+                continue
+            counts.append(one.kept)
+        able = f"its configuration can express {' or '.join(map(str, counts))} of {part.count}; else " if counts else ""
+        return able + WAYS["heads"]
+
+    def _alike(self, part: Part) -> dict[str, torch.Tensor]:
+        """The first heads of every attention, as many as stay of ``part``."""
+        return {name: first_of(part) for name, other in self.parts.items() if other.kind == "heads"}
 
     def cuts(self, heads: Mapping[str, torch.Tensor]) -> list[Cut]:
         """The tensors when of each part ``heads`` stay, in file order."""

@@ -75,7 +75,8 @@ class Configuration:
                 (Path(folder) / "config.json").write_text(json.dumps(raw), encoding="utf-8")
                 known = type(self.known).from_pretrained(folder)
         except Exception as error:  # whatever the configuration's own checks raise, it is no configuration
-            raise ArchitectureError(f"{self.where}: {type(error).__name__}: {error}") from error
+            reason = (str(error).strip() or type(error).__name__).splitlines()[-1].strip()
+            raise ArchitectureError(f"{self.where}: {reason}") from error
         return replace(self, raw=raw, known=known)
 
     def build(self, stored: Stored) -> Skeleton:
