@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from weightworks.engine.reducing import ReduceJob, as_model
 from weightworks.errors import ArchitectureError, MethodError
 from weightworks.plan.reduce import plan_reduction
-from weightworks.plan.stage import Outcome, run_stage
+from weightworks.plan.stage import Outcome, default_target, run_stage
 from weightworks.report.progress import Progress
 from weightworks.stage import catalog
 from weightworks.stage.settings import Settings
@@ -237,6 +237,20 @@ def test_names_that_older_files_have_are_changed_too(tmp_path: Path) -> None:
     config = planned(source, "experts", sparsity=0.5).config()
     assert config["num_experts"] == 2
     assert "num_local_experts" not in config
+
+
+def test_folders_are_called_after_what_went(tmp_path: Path) -> None:
+    source = Checkpoint.open(ARCHITECTURES["mixtral"].save(tmp_path / "model"))
+    wanted = {
+        "model-structured-s25-h50": ("structured", {"head_sparsity": 0.5}),
+        "model-structured-h50": ("structured", {"head_sparsity": 0.5, "sparsity": 0.0}),
+        "model-shortgpt-s25": ("shortgpt", {}),
+        "model-shortgpt-without-1": ("shortgpt", {"layers": 1}),
+        "model-laco": ("laco", {}),
+        "model-experts-s50-merged": ("experts", {"sparsity": 0.5, "removal": "merge"}),
+    }
+    for name, (method, options) in wanted.items():
+        assert str(default_target(source, method, catalog.find("prune", method).load().Options(**options))) == name
 
 
 # Killed again and again.

@@ -32,6 +32,11 @@ class Options(BaseOptions):
         "drop", description="drop: experts vanish; merge: each is averaged into the most similar one that stays"
     )
 
+    @property
+    def amount(self) -> str:
+        """What a folder is called after: ``s25``, or ``s25-merged``."""
+        return f"s{100 * self.sparsity:g}" + ("-merged" if self.removal == "merge" else "")
+
 
 class Method:
     """Expert pruning, mixture by mixture."""

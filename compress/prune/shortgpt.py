@@ -28,6 +28,11 @@ class Options(BaseOptions):
         """How many of so many blocks go."""
         return round(blocks * self.sparsity) if self.layers is None else self.layers
 
+    @property
+    def amount(self) -> str:
+        """What a folder is called after: ``s25``, or ``without-2``."""
+        return f"s{100 * self.sparsity:g}" if self.layers is None else f"without-{self.layers}"
+
 
 class Method:
     """Depth pruning by block influence."""

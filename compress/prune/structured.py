@@ -51,6 +51,12 @@ class Options(BaseOptions):
             raise ValueError("sparsity and head_sparsity are both 0: nothing would be removed")
         return self
 
+    @property
+    def amount(self) -> str:
+        """What a folder is called after: ``s25``, ``h50``, ``s25-h50``."""
+        shares = {"s": self.sparsity, "h": self.head_sparsity}
+        return "-".join(f"{letter}{100 * share:g}" for letter, share in shares.items() if share)
+
 
 class Method:
     """Structured pruning, part by part."""

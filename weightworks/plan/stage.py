@@ -287,6 +287,8 @@ def short_name(checkpoint: Checkpoint) -> str:
 def default_target(checkpoint: Checkpoint, method: str, options: Any) -> Path:
     """The model's name plus what was done, in the current folder: ``tiny-llama-gptq-w4g128``, ``tiny-llama-wanda-2of4``."""
     name = short_name(checkpoint)
+    if (amount := getattr(options, "amount", None)) is not None:
+        return Path(f"{name}-{method}-{amount}")
     if (share := getattr(options, "sparsity", None)) is not None:
         pattern = getattr(options, "pattern", "unstructured")
         method += f"-s{100 * share:g}" if pattern == "unstructured" else f"-{pattern.replace(':', 'of')}"
