@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from architectures import ARCHITECTURES, LLAMA, Architecture
+from commands import Commands
 from transformers import AutoModelForCausalLM
 
 from weightworks.engine.reducing import ReduceJob, as_model
@@ -287,3 +288,29 @@ def test_killed_at_every_journal_entry(
         {path.name: file_digest(path) for path in (tmp_path / where / "out").iterdir()} for where in ("whole", "pieces")
     ]
     assert contents[0] == contents[1]
+
+
+RECIPE = """
+version: 1
+sources: {base: SOURCE}
+stages:
+  narrow: {use: prune.structured, from: base, with: {sparsity: 0.5, round_to: 16, dataset: TEXT, num_samples: 4, seq_len: 32}}
+  short: {use: prune.shortgpt, from: narrow, with: {layers: 1, dataset: TEXT, num_samples: 4, seq_len: 32}}
+  packed: {use: quantize.rtn, from: short, with: {bits: 4, group_size: 16}}
+"""
+
+
+def test_a_recipe_goes_on_with_smaller_models(compress: Commands, tmp_path: Path) -> None:
+    source = ARCHITECTURES["llama"].save(tmp_path / "source")
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(RECIPE.replace("SOURCE", str(source)).replace("TEXT", str(CALIBRATION_TEXT)))
+    run = compress("run", recipe, "--json", cwd=tmp_path)
+    assert run.code == 0, run.err
+    folders = {stage["name"]: Path(stage["folder"]) for stage in run.json["stages"]}
+    config = json.loads((folders["packed"] / "config.json").read_text())
+    assert (config["intermediate_size"], config["num_hidden_layers"]) == (48, 1)
+    assert compress("verify", folders["short"]).code == 0
+    again = compress(
+        "run", recipe, "--set", "narrow.round_to=8", "--set", "narrow.importance=taylor", "--dry-run", cwd=tmp_path
+    )
+    assert again.code == 0, again.err
