@@ -62,7 +62,7 @@ def prune(
     verbose: VERBOSE = False,
     **values: Any,
 ) -> int | None:
-    """Set weights of a checkpoint's linear layers to zero: a share of them, or all but N of every M (2:4 keeps 2 of 4)."""
+    """Set weights of a checkpoint to zero (2:4 keeps 2 of 4), or remove channels, heads, blocks or experts of it."""
     return run_method("prune", model, method, output_dir, dry_run, json, quiet, verbose, values)
 
 

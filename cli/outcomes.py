@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from cli.render import duration, pairs, show, size
+from weightworks.report.reduction import parameters
+from weightworks.report.reduction import run_time as time_of_smaller
 from weightworks.report.sparsity import factored_run_time, factors, run_time, sparsity, weight_on_disk
 
 
@@ -33,28 +35,35 @@ def show_outcome(outcome: Any) -> None:
         show(f"already done: {outcome.target} was made by this very command and is intact")
     quality, checks = facts["quality"], facts["checks"]
     before, after = quality["dense"], quality["result"]
-    worst = sorted(facts["report"], key=lambda row: -row.get("relative_error", row.get("relative_weight_error", 0.0)))[
-        :3
-    ]
+    count = facts["tensors"].get("output", facts["tensors"]["input"])
     summary = {"written": str(outcome.target), **worth(facts)}
     summary |= {
         "perplexity": f"{before:.3f} -> {after:.3f} ({after / before - 1:+.2%}) on the built-in check text",
-        "verified": f"{facts['tensors']['input']} tensors accounted for, read back, loaded by {checks['loader']}: "
+        "verified": f"{count} tensors accounted for, read back, loaded by {checks['loader']}: "
         f"perplexity {checks['perplexity_reloaded']:.4f}, in memory {checks['perplexity_in_memory']:.4f}"
         + (
             ""
             if checks["blocks_loaded"] == checks["blocks"]
             else f" ({checks['blocks_loaded']} of {checks['blocks']} blocks, to stay in memory)"
         ),
-        "worst tensors": ", ".join(
-            f"{row['tensor'].removesuffix('.weight')} {row.get('relative_error', row.get('relative_weight_error', 0)):.2%}"
-            for row in worst
-        ),
+        **worst(facts["report"]),
         "took": duration(outcome.seconds),
     }
     pairs(summary)
     for line in outcome.fallbacks:
         show(f"  fallback: {line}")
+
+
+def worst(rows: list[dict[str, Any]]) -> dict[str, str]:
+    """The tensors with the largest errors, where there are figures of that."""
+    errors = {
+        row["tensor"].removesuffix(".weight"): row[key]
+        for row in rows
+        for key in ("relative_weight_error", "relative_error")
+        if key in row
+    }
+    shown = sorted(errors, key=lambda name: -errors[name])[:3]
+    return {"worst tensors": ", ".join(f"{name} {errors[name]:.2%}" for name in shown)} if shown else {}
 
 
 def worth(facts: dict[str, Any]) -> dict[str, str]:
@@ -68,6 +77,10 @@ def worth(facts: dict[str, Any]) -> dict[str, str]:
     if "factored_weights" in sizes:
         told["on disk"] = factors(sizes)
         told["run time gain"] = factored_run_time()
+    if (reduction := facts.get("reduction")) is not None:
+        told["removed"] = "; ".join(reduction["done"])
+        told["parameters"] = parameters(reduction)
+        told["run time"] = time_of_smaller(reduction)
     if "quantized_weights" in sizes:
         told["bits a weight"] = f"{sizes['bits_a_weight']:.3f} in {facts['tensors']['transformed']} quantized tensors"
     return told

@@ -29,12 +29,13 @@ def prune(
     progress: Progress | None = None,
     **options: Any,
 ) -> Outcome:
-    """Prune the linear layers of the checkpoint ``model``, a folder or a hub id, as ``compress prune`` does.
+    """Prune the checkpoint ``model``, a folder or a hub id, as ``compress prune`` does.
 
     ``options`` are those of the method (``sparsity``, ``pattern``; see ``compress methods sparsegpt``) and those of every
     run (``dataset``, ``num_samples``, ``seed``, ``overwrite``; see ``compress prune --help``), spelled with underscores.
     In ``pattern="2:4"`` the first number is how many of four consecutive inputs are kept. The result is as large as the
-    model on disk, with zeros in it, and has ``masks.safetensors`` beside its weights.
+    model on disk, with zeros in it, and has ``masks.safetensors`` beside its weights; that of ``structured``, ``shortgpt``,
+    ``laco`` and ``experts`` is a smaller model.
 
     Arguments, outcome and errors are otherwise those of :func:`compress.quantize`.
     """

@@ -7,11 +7,14 @@ After every block, results and activations are journalled, so a killed run conti
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from weightworks.engine.job import Job
+from weightworks.report.progress import Progress
+from weightworks.store.checkpoint import Checkpoint
+from weightworks.store.dense import DenseView
 from weightworks.store.writer import CheckpointWriter, check_finite
 from weightworks.stream.activations import Activations
 from weightworks.stream.calibration import Calibration
@@ -19,8 +22,21 @@ from weightworks.stream.linears import Group, Linear, Stage, find_stages, read_l
 from weightworks.stream.memory import release
 from weightworks.stream.passes import Windows, perplexity, run_block, shell, token_losses
 from weightworks.stream.replay import prove
+from weightworks.stream.skeleton import Skeleton
 
 PROOF_TOKENS = 16  # a window long enough for masks and positions to matter
+
+
+class Streamed(Protocol):
+    """What passes over the blocks of an unchanged model take of a job."""
+
+    checkpoint: Checkpoint
+    view: DenseView
+    skeleton: Skeleton
+    blocks: list[list[Linear]]
+    device: torch.device
+    progress: Progress
+    returns_tuple: int
 
 
 class Blockwise:
@@ -162,7 +178,7 @@ class Blockwise:
         )
 
 
-def prove_once(job: Job, writer: CheckpointWriter, probe: torch.Tensor) -> int:
+def prove_once(job: Streamed, writer: CheckpointWriter, probe: torch.Tensor) -> int:
     """Prove the replay on the first windows of ``probe`` unless the journal says it was; returns ``returns_tuple``.
 
     The parts outside the blocks must be loaded. NaN is found here, wherever it is.
@@ -174,7 +190,7 @@ def prove_once(job: Job, writer: CheckpointWriter, probe: torch.Tensor) -> int:
     return int(writer.steps["proof"]["returns_tuple"])
 
 
-def check_outside(job: Job) -> None:
+def check_outside(job: Streamed) -> None:
     """Refuse NaN in tensors outside the blocks and in those the model has no place for; the proof reads the others."""
     blocks = (name for index in range(len(job.skeleton.blocks)) for name in job.skeleton.names_of(index))
     inside = {piece.tensor for name in blocks for piece in job.skeleton.pieces[name]}
@@ -236,7 +252,7 @@ def summary(rows: Sequence[dict[str, Any]]) -> str:
     return text + (f", {count} with fallbacks" if count else "")
 
 
-def hidden_size(job: Job) -> int:
+def hidden_size(job: Streamed) -> int:
     """Width of the residual stream."""
     config = job.skeleton.model.config.get_text_config()
     return int(config.hidden_size)

@@ -17,7 +17,9 @@ import torch
 
 from weightworks.engine.job import Job
 from weightworks.engine.machine import free_memory, resident, speeds
+from weightworks.engine.reducing import ReduceJob
 from weightworks.errors import ResourceError
+from weightworks.stage.protocols import by_gradients
 from weightworks.stream.linears import Linear
 from weightworks.stream.passes import batch_windows
 
@@ -76,7 +78,9 @@ class _Sizes:
     decodes_early: bool  # whether stock transformers decodes the result as it loads it
 
 
-def estimate(job: Job, *, tokens: tuple[int, int] | None, probe: tuple[int, int], dtype: torch.dtype) -> Estimate:
+def estimate(
+    job: Job | ReduceJob, *, tokens: tuple[int, int] | None, probe: tuple[int, int], dtype: torch.dtype
+) -> Estimate:
     """The estimate for ``tokens`` calibration windows of a length (None: data-free) and ``probe`` windows."""
     sizes = _sizes(job, tokens, probe, dtype)
     limit = job.settings.memory_limit or free_memory() + resident()
@@ -84,8 +88,10 @@ def estimate(job: Job, *, tokens: tuple[int, int] | None, probe: tuple[int, int]
     scratch = (2 * sizes.activations + 4 * sizes.probe) if tokens else 0
     if tokens is None:
         phases = _tensorwise_phases(sizes)
-    elif hasattr(job.method, "trace"):
+    elif by_gradients(job.method):
         on_disk, statistics, phases = _gradient_phases(job, sizes, tokens, limit)
+        if hasattr(job.method, "watch"):  # a pass over inputs follows
+            phases |= _blockwise_phases(sizes, max(statistics, sizes.statistics), on_disk=on_disk)
         scratch += len(job.skeleton.blocks) * sizes.activations
     else:
         phases = _blockwise_phases(sizes, statistics, on_disk=False)
@@ -99,7 +105,7 @@ def estimate(job: Job, *, tokens: tuple[int, int] | None, probe: tuple[int, int]
         phases |= {name: max(held, phases.get(name, 0)) for name, held in _tensorwise_phases(sizes).items()}
     blocks = len(job.skeleton.blocks)
     # As many as take no more than the leanest run: by sizes alone, so that every machine checks the same.
-    streams = tokens is not None and not hasattr(job.method, "trace")
+    streams = tokens is not None and not by_gradients(job.method)
     lean = _blockwise_phases(sizes, sizes.statistics, on_disk=True) if streams else phases
     room = max(*lean.values(), sizes.base + RELOADED)
     fit = (room - _reloading(sizes, 0)) // max(_reloading(sizes, 1) - _reloading(sizes, 0), 1)
@@ -147,7 +153,7 @@ def size(count: float) -> str:
     return f"{count:.3g} TB"
 
 
-def _sizes(job: Job, tokens: tuple[int, int] | None, probe: tuple[int, int], dtype: torch.dtype) -> _Sizes:
+def _sizes(job: Job | ReduceJob, tokens: tuple[int, int] | None, probe: tuple[int, int], dtype: torch.dtype) -> _Sizes:
     skeleton, tensors = job.skeleton, job.checkpoint.tensors
     config = skeleton.model.config.get_text_config()
 
@@ -195,9 +201,9 @@ def _inputs(linears: Sequence[Linear]) -> dict[tuple[str, int], list[Linear]]:
     return groups
 
 
-def _stage_statistics(job: Job, block: Sequence[Linear]) -> int:
+def _stage_statistics(job: Job | ReduceJob, block: Sequence[Linear]) -> int:
     """Bytes of the statistics that one pass over a block can gather: of all inputs, of one, or of one an expert."""
-    if job.together:
+    if getattr(job, "together", False):
         return sum(job.held(width) for _, width in _inputs(block))
     sums: dict[tuple[str, int], int] = {}
     for part, width in _inputs(block):
@@ -234,7 +240,9 @@ def _tensorwise_phases(s: _Sizes) -> dict[str, int]:
     )
 
 
-def _gradient_phases(job: Job, s: _Sizes, tokens: tuple[int, int], limit: int) -> tuple[bool, int, dict[str, int]]:
+def _gradient_phases(
+    job: Job | ReduceJob, s: _Sizes, tokens: tuple[int, int], limit: int
+) -> tuple[bool, int, dict[str, int]]:
     """Whether gradients between blocks go to disk, the room for a round of traces, and peak bytes by phase.
 
     The graph of a window holds about a dozen tensors as wide as the widest output, and the scores of all heads.
@@ -280,7 +288,7 @@ def _reloading(s: _Sizes, blocks: int) -> int:
     return s.base + s.outside + max(loading, packed + dense + work)
 
 
-def _seconds(job: Job, tokens: tuple[int, int] | None, probe: tuple[int, int], dtype: torch.dtype) -> float:
+def _seconds(job: Job | ReduceJob, tokens: tuple[int, int] | None, probe: tuple[int, int], dtype: torch.dtype) -> float:
     """Arithmetic over measured speed, plus reading and writing."""
     speed = speeds()
     weights = sum(linear.shape[0] * linear.shape[1] for linear in job.linears.values())
@@ -292,8 +300,8 @@ def _seconds(job: Job, tokens: tuple[int, int] | None, probe: tuple[int, int], d
         count = tokens[0] * tokens[1]
         surveys = job.method.surveys() if hasattr(job.method, "surveys") else ()
         passes = (
-            hasattr(job.method, "solve")
-            + 2 * hasattr(job.method, "trace")
+            (hasattr(job.method, "solve") or hasattr(job.method, "reduces"))
+            + 2 * by_gradients(job.method)
             + sum(survey.watch is not None for survey in surveys)
         )
         work += 2.0 * 2 * passes * count * weights / speed[str(dtype).removeprefix("torch.")]

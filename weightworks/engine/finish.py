@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -239,8 +239,10 @@ def prove_written(job: Runnable, view: DenseView, probe: torch.Tensor) -> int:
         return prove(job.skeleton, view, probe[:2, :PROOF_TOKENS].to(job.device))
 
 
-def stream_perplexity(job: Runnable, view: DenseReader, probe: torch.Tensor, blocks: int | None = None) -> float:
-    """Perplexity of ``probe`` [n, seq] in float32, one block in memory at a time."""
+def stream_perplexity(
+    job: Runnable, view: DenseReader, probe: torch.Tensor, blocks: int | Sequence[int] | None = None
+) -> float:
+    """Perplexity of ``probe`` [n, seq] in float32, one block in memory at a time; ``blocks`` as in :func:`stream_losses`."""
     hidden = int(job.skeleton.model.config.get_text_config().hidden_size)
     states = Activations((*probe.shape, hidden), torch.float32, job.target, "unused")
     losses = stream_losses(

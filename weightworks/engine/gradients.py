@@ -8,12 +8,12 @@ another's, so the gradients are those of the unchanged model. Peak memory is one
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
 
 import torch
 
-from weightworks.engine.blockwise import hidden_size, prove_once
+from weightworks.engine.blockwise import Streamed, hidden_size, prove_once
 from weightworks.engine.job import Job
 from weightworks.store.writer import CheckpointWriter
 from weightworks.stream.activations import Activations
@@ -25,6 +25,13 @@ from weightworks.stream.replay import capture, head
 from weightworks.stream.skeleton import place
 
 FORWARD = "inputs of all blocks"
+Answer = Callable[[Linear, torch.Tensor, Any], dict[str, Any]]  # of a weight float32 [out, in] and what was traced
+
+
+class Traced(Streamed, Protocol):
+    """A job whose method has ``trace``."""
+
+    method: Any
 
 
 class Backward:
@@ -32,7 +39,7 @@ class Backward:
 
     def __init__(
         self,
-        job: Job,
+        job: Traced,
         writer: CheckpointWriter,
         calibration: Calibration,
         probe: torch.Tensor,
@@ -46,8 +53,8 @@ class Backward:
         self.inputs = Activations(shape, torch.float32, writer.scratch, "inputs", on_disk=True)
         self.gradients = Activations(shape, torch.float32, writer.scratch, "gradients", on_disk=on_disk)
 
-    def run(self) -> list[dict[str, Any]]:
-        """Solve all blocks; returns the report's rows in the order of the model."""
+    def run(self, answer: Answer) -> list[dict[str, Any]]:
+        """What ``answer`` makes of every linear and what was traced of it, in the order of the model: JSON-compatible."""
         job, count = self.job, len(self.job.skeleton.blocks)
         done = next(number for number in range(count + 1) if self._step(count - 1 - number) not in self.writer.steps)
         if done:
@@ -56,7 +63,7 @@ class Backward:
             self._prepare(done)
         job.progress.begin("block from the last", count, done)
         for index in reversed(range(count - done)):
-            self._block(index)
+            self._block(index, answer)
         job.progress.end()
         return [row for index in range(count) for row in self.writer.steps[self._step(index)]["rows"]]
 
@@ -102,7 +109,7 @@ class Backward:
         self.gradients.advance()
         self.gradients.checkpoint()
 
-    def _block(self, index: int) -> None:
+    def _block(self, index: int, answer: Answer) -> None:
         job, skeleton, names = self.job, self.job.skeleton, self.job.skeleton.names_of(index)
         skeleton.load(job.view, names, torch.float32, job.device)
         self.inputs.restore(index)
@@ -112,10 +119,7 @@ class Backward:
             traced = self._trace(index, linears, last=number == len(rounds) - 1)
             for linear in linears:
                 weight = read_linear(job.view, linear).to(job.device)
-                solution = job.method.answer(weight, traced.pop(linear.tensor), job.target_of(linear))
-                for name, tensor in job.stored(linear, solution).items():
-                    self.writer.put(name, tensor)
-                rows.append(job.row(linear, solution))
+                rows.append(answer(linear, weight, traced.pop(linear.tensor)))
             release()
         skeleton.unload(names)
         self.gradients.checkpoint()
@@ -153,7 +157,19 @@ class Backward:
         return traced
 
 
-def bounded(job: Job, count: int, linears: Sequence[Linear], limit: int) -> Iterator[list[Linear]]:
+def solved(job: Job, writer: CheckpointWriter) -> Answer:
+    """The answer that is a new weight, stored: how a method of gradients prunes."""
+
+    def answer(linear: Linear, weight: torch.Tensor, traced: Any) -> dict[str, Any]:
+        solution = job.method.answer(weight, traced, job.target_of(linear))
+        for name, tensor in job.stored(linear, solution).items():
+            writer.put(name, tensor)
+        return job.row(linear, solution)
+
+    return answer
+
+
+def bounded(job: Traced, count: int, linears: Sequence[Linear], limit: int) -> Iterator[list[Linear]]:
     """``linears`` in rounds whose traces stay within ``limit`` bytes, or of one."""
     round_: list[Linear] = []
     held = 0

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -62,11 +62,7 @@ class Job:
 
     def __post_init__(self) -> None:
         self.view = DenseView(self.checkpoint)
-        if self.view.format is not None and self.view.scheme is not None:
-            raise MethodError(
-                f"{self.checkpoint.root}: is already quantized ({self.view.format.name}, {self.view.scheme.bits} bits)",
-                hint="start from the dense checkpoint it was made from",
-            )
+        refuse_packed(self.view)
         self.skeleton = build(self.view, trust_remote_code=self.settings.trust_remote_code)
         dtypes = {name: info.dtype for name, info in self.checkpoint.tensors.items()}
         self.blocks = []
@@ -325,17 +321,44 @@ class Job:
 
     def identity(self, **facts: Any) -> dict[str, Any]:
         """What the output's bytes depend on; two runs of equal identity make equal bytes."""
-        return {
-            "method": self.label,
-            "method_version": self.version,
-            "weightworks": weightworks.__version__,
-            "options": self.options.resolved(),
-            "input": self.checkpoint.digest,
-            "max_shard_size": self.settings.shard_bytes,
-            "seed": self.settings.seed,
-            "environment": environment(self.device),
-            **facts,
-        }
+        return identity_of(self, **facts)
+
+
+class Identified(Protocol):
+    """What a run on one checkpoint depends on."""
+
+    label: str
+    version: int
+    settings: Settings
+    checkpoint: Checkpoint
+    device: torch.device
+
+    @property
+    def options(self) -> Any: ...
+
+
+def identity_of(job: Identified, **facts: Any) -> dict[str, Any]:
+    """What the output of ``job`` depends on, ``facts`` among it."""
+    return {
+        "method": job.label,
+        "method_version": job.version,
+        "weightworks": weightworks.__version__,
+        "options": job.options.resolved(),
+        "input": job.checkpoint.digest,
+        "max_shard_size": job.settings.shard_bytes,
+        "seed": job.settings.seed,
+        "environment": environment(job.device),
+        **facts,
+    }
+
+
+def refuse_packed(view: DenseView) -> None:
+    """Raise :class:`MethodError` for a checkpoint that is quantized."""
+    if view.format is not None and view.scheme is not None:
+        raise MethodError(
+            f"{view.checkpoint.root}: is already quantized ({view.format.name}, {view.scheme.bits} bits)",
+            hint="start from the dense checkpoint it was made from",
+        )
 
 
 def dense_config(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -381,4 +404,4 @@ def matches(pattern: str, name: str) -> bool:
 
 def fallbacks(rows: Sequence[dict[str, Any]]) -> list[str]:
     """One line a tensor on which the method could not be applied as asked."""
-    return [f"{row['tensor']}: {text}" for row in rows for text in row.get("fallbacks", ())]
+    return [f"{row.get('tensor') or row['part']}: {text}" for row in rows for text in row.get("fallbacks", ())]

@@ -53,7 +53,7 @@ def run_surveys(
             else:
                 assert calibration is not None
                 walk = Walk(job, writer, f"survey {number}", calibration.tokens, probe, dtype, on_disk=on_disk)
-                figures = walk.run(partial(_block, walk, survey, found))
+                figures = walk.run(partial(_block, job, walk, survey, found))
             writer.done(f"survey {number}", {"found": survey.conclude(figures, found)})
         found = writer.steps[f"survey {number}"]["found"]
     job.keeps = found or {}
@@ -68,10 +68,10 @@ def _tensors(job: Job, survey: Survey, found: Any) -> Iterator[Any]:
     job.progress.end()
 
 
-def _block(walk: Walk, survey: Survey, found: Any, index: int) -> Any:
+def _block(job: Job, walk: Walk, survey: Survey, found: Any, index: int) -> Any:
     """The figures of a loaded block."""
     assert survey.watch is not None
-    job, linears = walk.job, walk.job.blocks[index]
+    linears = job.blocks[index]
     of = {name: statistics for part in walk.inputs(index, survey.watch) for name, statistics in part.items()}
     seen = [of[linear.tensor] for linear in linears]
     return survey.look(Weights(job, linears), seen, [job.target_of(linear) for linear in linears], found)

@@ -98,7 +98,8 @@ def reads_text(method: Any) -> bool:
     """Whether a method, or a survey it asks for, looks at the inputs that a calibration text makes."""
     merges = hasattr(method, "merge")  # their surveys are others
     surveys = method.surveys() if hasattr(method, "surveys") and not merges else ()
-    return hasattr(method, "watch") or hasattr(method, "trace") or any(survey.watch is not None for survey in surveys)
+    reads = any(hasattr(method, name) for name in ("watch", "trace", "reduces"))
+    return reads or any(survey.watch is not None for survey in surveys)
 
 
 def calibration(dataset: str, digests: Digests) -> Any:

@@ -14,15 +14,18 @@ from weightworks.engine.blockwise import Blockwise, Written, prove_first
 from weightworks.engine.estimate import Estimate, estimate, refuse
 from weightworks.engine.executor import Executor
 from weightworks.engine.finish import copy_rest, finish, stream_perplexity
-from weightworks.engine.gradients import Backward
+from weightworks.engine.gradients import Backward, solved
 from weightworks.engine.job import Job, digest_of
 from weightworks.engine.machine import compute_dtype, free_memory, pick_device
+from weightworks.engine.reducing import ReduceJob, Run, reduce
 from weightworks.engine.survey import run_surveys
 from weightworks.engine.tensorwise import run_tensorwise
 from weightworks.errors import CalibrationError, DegradedError, OutputError, ResourceError, WeightworksError
 from weightworks.plan.keys import reads_text
+from weightworks.plan.reduce import plan_reduction
 from weightworks.report.progress import Progress
 from weightworks.stage import catalog
+from weightworks.stage.protocols import by_gradients
 from weightworks.stage.settings import Settings
 from weightworks.store.checkpoint import FACTORS, Checkpoint
 from weightworks.store.manifest import changed_files, read_provenance
@@ -90,11 +93,14 @@ def run_stage(
     keep_inputs(target, [checkpoint])
     if target.exists() and (not target.is_dir() or read_provenance(target) is None):
         check_target(target, overwrite=settings.overwrite)
-    job = Job(entry.label, module.VERSION, method, settings, checkpoint, target, progress, pick_device(settings.device))
+    make = plan_reduction if hasattr(method, "reduces") else Job
+    job = make(
+        entry.label, module.VERSION, method, settings, checkpoint, target, progress, pick_device(settings.device)
+    )
     calibration = calibrate(job) if reads_text(method) else None
     probe = check_windows(checkpoint, job.skeleton, trust_remote_code=settings.trust_remote_code)
     dtype = torch.float32  # also what gradients are computed in
-    if calibration is not None and not hasattr(method, "trace"):
+    if calibration is not None and not by_gradients(method):
         dtype = compute_dtype(settings.dtype, stored_dtype(checkpoint), job.device)
     data = {} if calibration is None else {"calibration": calibration.digest, "dtype": str(dtype)}
     announce(resolved(job, calibration, dtype))
@@ -118,7 +124,7 @@ def run_stage(
 
 
 def execute(
-    job: Job,
+    job: Job | ReduceJob,
     identity: dict[str, Any],
     calibration: Calibration | None,
     probe: torch.Tensor,
@@ -128,17 +134,22 @@ def execute(
 ) -> dict[str, Any]:
     """Do the work, verify and publish; a failure or interruption leaves the staging folder for the next run."""
     settings = job.settings
+    settled = not isinstance(job, ReduceJob) or job.plan.settled
     writer = CheckpointWriter(
         job.target,
-        job.specs,
+        job.specs if settled else (),
         identity,
         max_shard_bytes=settings.shard_bytes,
         overwrite=settings.overwrite,
         resume=settings.resume,
-        side=job.side,
+        side=None if isinstance(job, ReduceJob) else job.side,
     )
     job.progress.log_to(log_path(job.target))
     try:
+        if isinstance(job, ReduceJob):
+            assert calibration is not None
+            run = Run(writer, calibration, probe, dtype, costs.on_disk, costs.statistics_bytes)
+            return reduce(job, run, identity, calibrated(job, calibration, dtype), costs.reload_blocks)
         run_surveys(job, writer, calibration, probe, dtype, on_disk=costs.on_disk)
         if calibration is not None and hasattr(job.method, "solve"):
             results = Blockwise(
@@ -154,10 +165,10 @@ def execute(
             copy_rest(job, writer)
         else:
             job.returns_tuple = prove_first(job, writer, probe)
-            if calibration is not None and hasattr(job.method, "trace"):
+            if calibration is not None and by_gradients(job.method):
                 rows = Backward(
                     job, writer, calibration, probe, on_disk=costs.on_disk, traced_bytes=costs.statistics_bytes
-                ).run()
+                ).run(solved(job, writer))
             else:
                 rows = run_tensorwise(job, writer, executor)
             results = {"rows": rows, "dense": stream_perplexity(job, job.view, probe)}
@@ -170,11 +181,7 @@ def execute(
             "quality": {key: results[key] for key in ("dense", "result")},
         }
         if calibration is not None:
-            facts["calibration"] = {
-                "dataset": settings.dataset,
-                "dtype": str(dtype).removeprefix("torch."),
-                **calibration.facts(),
-            }
+            facts |= calibrated(job, calibration, dtype)
         return finish(
             job,
             writer,
@@ -200,7 +207,13 @@ def execute(
         job.progress.close()
 
 
-def calibrate(job: Job) -> Calibration:
+def calibrated(job: Job | ReduceJob, calibration: Calibration, dtype: torch.dtype) -> dict[str, Any]:
+    """What the provenance says of the calibration."""
+    name = str(dtype).removeprefix("torch.")
+    return {"calibration": {"dataset": job.settings.dataset, "dtype": name, **calibration.facts()}}
+
+
+def calibrate(job: Job | ReduceJob) -> Calibration:
     """The job's calibration windows, as its settings ask for them."""
     settings = job.settings
     length = min(settings.seq_len, context_length(job.skeleton))
@@ -274,6 +287,8 @@ def short_name(checkpoint: Checkpoint) -> str:
 def default_target(checkpoint: Checkpoint, method: str, options: Any) -> Path:
     """The model's name plus what was done, in the current folder: ``tiny-llama-gptq-w4g128``, ``tiny-llama-wanda-2of4``."""
     name = short_name(checkpoint)
+    if (amount := getattr(options, "amount", None)) is not None:
+        return Path(f"{name}-{method}-{amount}")
     if (share := getattr(options, "sparsity", None)) is not None:
         pattern = getattr(options, "pattern", "unstructured")
         method += f"-s{100 * share:g}" if pattern == "unstructured" else f"-{pattern.replace(':', 'of')}"
@@ -302,7 +317,7 @@ def finished(target: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
     return provenance
 
 
-def resolved(job: Job, calibration: Calibration | None, dtype: torch.dtype) -> dict[str, Any]:
+def resolved(job: Job | ReduceJob, calibration: Calibration | None, dtype: torch.dtype) -> dict[str, Any]:
     """The configuration as it will run, defaults included."""
     facts: dict[str, Any] = {"method": job.label, "model": where(job.checkpoint), "output": str(job.target)}
     facts.update(job.options.resolved())

@@ -85,7 +85,11 @@ def _tensors(view: DenseView, provenance: dict[str, Any] | None) -> dict[str, An
                 return _check("tensors", False, f"{name}: {error}")
     if provenance is None:
         return _check("tensors", True, f"{len(view.names)}, all that the model needs")
-    expected = provenance["tensors"]["input"]
+    account = provenance["tensors"]
+    if (expected := account.get("output")) is not None:
+        seen = f"{len(view.names)}, {expected} were written of {account['input']} that went in"
+        return _check("tensors", len(view.names) == expected, seen)
+    expected = account["input"]
     return _check("tensors", len(view.names) == expected, f"{len(view.names)}, {expected} went in")
 
 

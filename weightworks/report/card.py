@@ -8,6 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from weightworks.report.reduction import parameters
+from weightworks.report.reduction import run_time as time_of_smaller
 from weightworks.report.sparsity import factored_run_time, factors, run_time, sparsity, weight_on_disk
 from weightworks.store.checkpoint import Checkpoint
 
@@ -44,12 +46,17 @@ def model_card(source: Checkpoint, name: str, provenance: dict[str, Any], dequan
     bits = options.get("bits")
     quality = provenance.get("quality", {})
     size = provenance["size"]
-    sentence = f"`{source.name}` {_done(identity['method'], options, factored='factored_weights' in size)}."
+    reduction = provenance.get("reduction")
+    factored = "factored_weights" in size
+    done = _smaller(identity["method"], reduction) if reduction else _done(identity["method"], options, factored=factored)
+    sentence = f"`{source.name}` {done}."
     rows = [("weights on disk", f"{size['bytes_out']:,} bytes, {size['bytes_in'] / size['bytes_out']:.2f}x smaller")]
     if "kept_weights" in size:
         rows += [("sparsity", sparsity(size)), ("size", weight_on_disk(size)), ("run time gain", run_time(options))]
-    if "factored_weights" in size:
+    if factored:
         rows += [("size", factors(size)), ("run time gain", factored_run_time())]
+    if reduction is not None:
+        rows += [("parameters", parameters(reduction)), ("run time", time_of_smaller(reduction))]
     if "quantized_weights" in size:
         rows.append(("bits a weight", f"{size['bits_a_weight']:.3f} in quantized layers, scales included"))
     if quality:
@@ -65,7 +72,7 @@ def model_card(source: Checkpoint, name: str, provenance: dict[str, Any], dequan
     degraded = provenance["fallbacks"]
     listed = "\n".join(f"- {line}" for line in degraded)
     return _filled(
-        front=front_matter(source, bits, pruned="kept_weights" in size or "factored_weights" in size),
+        front=front_matter(source, bits, pruned="kept_weights" in size or factored or reduction is not None),
         name=name,
         sentence=sentence,
         facts="\n".join(f"| {key} | {value} |" for key, value in rows),
@@ -91,6 +98,11 @@ def _done(label: str, options: Mapping[str, Any], *, factored: bool) -> str:
         f"by {options['sparsity']:.4g}" if pattern == "unstructured" else f"to {pattern.replace(':', ' of every ')}"
     )
     return f"pruned {amount} ({method})" + (f" and quantized to {bits} bits ({grid})" if bits else "")
+
+
+def _smaller(label: str, reduction: Mapping[str, Any]) -> str:
+    """What a method removed, in a few words."""
+    return f"made smaller ({label.rsplit('.', maxsplit=1)[-1]}): {'; '.join(reduction['done'])}"
 
 
 def merge_card(models: Sequence[Checkpoint], base: Checkpoint | None, name: str, provenance: dict[str, Any]) -> str:

@@ -112,6 +112,11 @@ class Gradientwise(Protocol):
         """The new weight for float32 ``weight`` [out, in]; what was traced may be used up."""
 
 
+def by_gradients(method: Any) -> bool:
+    """Whether a method looks at gradients; one of another shape that can says by ``gradients`` whether it does."""
+    return hasattr(method, "trace") and bool(getattr(method, "gradients", True))
+
+
 class Tensorwise(Protocol):
     """A method that needs nothing but the weight itself."""
 

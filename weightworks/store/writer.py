@@ -29,6 +29,7 @@ from weightworks.store.shards import file_bytes, plan_shards
 from weightworks.store.tensorfile import TensorInfo, TensorSpec, build_header, read_bytes, write_bytes
 
 READ_BYTES = 1 << 20  # read back at a time: both digests find them in the processor's cache
+LAID_OUT = "laid out"  # the step after which files that were planned on the way are there
 COPY_BYTES = 16 << 20  # rows copied at a time: large enough for the disk, small beside a block
 
 
@@ -146,6 +147,24 @@ class CheckpointWriter:
             if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
                 raise
             os.ftruncate(descriptor, size)
+
+    def lay_out(self, specs: Iterable[TensorSpec], max_shard_bytes: int) -> None:
+        """Plan and reserve the weight files of a writer that was made without ``specs``, once work has found them out.
+
+        What specs they are must follow from the journal: a run that continues finds its files as it left them.
+        """
+        again = LAID_OUT in self.steps
+        self.shards = plan_shards(list(specs), max_shard_bytes)
+        for shard, members in self.shards.items():
+            header, infos = build_header(members, shard, self.metadata)
+            self.tensors.update((info.name, info) for info in infos)
+            if again:
+                self._files[shard] = os.open(self.staging / shard, os.O_RDWR)
+                continue
+            with writing(self.staging / shard):
+                self._reserve(shard, header)
+        if not again:
+            self.done(LAID_OUT)
 
     def add(self, file: str, specs: Sequence[TensorSpec]) -> None:
         """Plan and reserve one more side file, of tensors whose shapes the work itself has found out."""

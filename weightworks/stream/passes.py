@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -96,13 +96,22 @@ def perplexity(losses: torch.Tensor) -> float:
 
 @torch.no_grad()
 def run_block(
-    skeleton: Skeleton, index: int, windows: Windows, states: Activations, dtype: torch.dtype, device: torch.device
+    skeleton: Skeleton,
+    index: int,
+    windows: Windows,
+    states: Activations,
+    dtype: torch.dtype,
+    device: torch.device,
+    seen: Callable[[torch.Tensor, torch.Tensor], None] | None = None,
 ) -> None:
-    """Send ``states`` through the loaded block, batch by batch."""
+    """Send ``states`` through the loaded block, batch by batch; ``seen`` gets its inputs and outputs [n, seq, hidden]."""
     block = skeleton.blocks[index][1]
     for start, stop in windows.slices():
         call = windows.call(stop - start, dtype).blocks[index]
-        states.write(start, call.run(block, states.read(start, stop).to(device, dtype)).cpu())
+        output = call.run(block, states.read(start, stop).to(device, dtype))
+        if seen is not None:
+            seen(states.read(start, stop).to(device, dtype), output)  # read again: a block may write into its input
+        states.write(start, output.cpu())
     states.advance()
 
 
@@ -115,18 +124,20 @@ def stream_losses(
     *,
     returns_tuple: int,
     device: torch.device,
-    blocks: int | None = None,
+    blocks: int | Sequence[int] | None = None,
 ) -> torch.Tensor:
     """Per-token losses [n, seq - 1] of a checkpoint in float32, holding one block at a time.
 
-    ``states`` has room for the windows; ``blocks`` cuts the model short.
+    ``states`` has room for the windows; ``blocks`` cuts the model short, or names the only blocks that are run.
     """
     with shell(skeleton, reader, device):
         windows.capture(skeleton, returns_tuple=returns_tuple, device=device)
         for start, hidden in windows.embedded(skeleton, device):
             states.write(start, hidden)
         states.advance()
-    for index in range(len(skeleton.blocks) if blocks is None else blocks):
+    if blocks is None or isinstance(blocks, int):
+        blocks = range(len(skeleton.blocks) if blocks is None else blocks)
+    for index in blocks:
         names = skeleton.names_of(index)
         skeleton.load(reader, names, torch.float32, device)
         run_block(skeleton, index, windows, states, torch.float32, device)

@@ -191,6 +191,25 @@ def head(skeleton: Skeleton, tokens: torch.Tensor, hidden: torch.Tensor, *, retu
 
 
 @torch.no_grad()
+def final_states(skeleton: Skeleton, tokens: torch.Tensor, hidden: torch.Tensor, *, returns_tuple: int) -> torch.Tensor:
+    """What the model's head is given [batch, seq, width], from the last block's output: final norms are done."""
+    seen: list[torch.Tensor] = []
+
+    def look(module: nn.Module, args: tuple[Any, ...]) -> None:
+        seen.append(args[0])
+
+    head = skeleton.model.get_output_embeddings()
+    if head is None:
+        raise ArchitectureError(f"{type(skeleton.model).__name__}: has no head, so final hidden states are not known")
+    handle = head.register_forward_pre_hook(look)
+    try:
+        tail(skeleton, tokens, hidden, returns_tuple=returns_tuple)
+    finally:
+        handle.remove()
+    return seen[0]
+
+
+@torch.no_grad()
 def prove(skeleton: Skeleton, reader: DenseReader, tokens: torch.Tensor) -> int:
     """Check, block by block as weights stream through, that the replay reproduces the model.
 

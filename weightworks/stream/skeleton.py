@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 
 from weightworks.errors import ArchitectureError
-from weightworks.store.checkpoint import Checkpoint
 from weightworks.store.dense import DenseView
 from weightworks.stream.memory import release, released_at_once
 
@@ -110,7 +111,7 @@ class Skeleton:
         """All modules that share parameter ``name``."""
         return [module for module, _ in self._holders[name]]
 
-    def mismatches(self, view: DenseView) -> list[str]:
+    def mismatches(self, view: Stored) -> list[str]:
         """Tensors whose shape is not that of their place in the model, each with both shapes."""
         found = []
         for name, pieces in self.pieces.items():
@@ -149,14 +150,30 @@ def place(whole: torch.Tensor, piece: Piece) -> torch.Tensor:
     return view[piece.part * rows : (piece.part + 1) * rows]
 
 
+class Stored(Protocol):
+    """What a skeleton must know of stored tensors: a :class:`DenseView`, or a checkpoint that is yet to be written."""
+
+    @property
+    def names(self) -> list[str]: ...
+
+    def shape(self, name: str) -> tuple[int, ...]: ...
+
+    def is_packed(self, name: str) -> bool: ...
+
+
 def build(view: DenseView, *, trust_remote_code: bool = False) -> Skeleton:
-    """The skeleton of the checkpoint behind ``view``.
+    """The skeleton of the checkpoint behind ``view``; errors are those of :func:`build_for`."""
+    root = view.checkpoint.root
+    return build_for(read_config(root, trust_remote_code), view, str(root), trust_remote_code=trust_remote_code)
+
+
+def build_for(config: Any, view: Stored, where: str, *, trust_remote_code: bool = False) -> Skeleton:
+    """The skeleton of the tensors ``view`` under transformers' configuration object ``config``.
 
     Raises :class:`ArchitectureError` when transformers has no such causal LM, no list of blocks is found, or tensors
     the model needs are missing or of another shape (all of them named).
     """
-    checkpoint = view.checkpoint
-    model = _meta_model(checkpoint, trust_remote_code)
+    model = _meta_model(config, where, trust_remote_code)
     pieces, unused = _map_names(model, view.names)
     holders = _holders(model)
     skeleton = Skeleton(model, _find_blocks(model), {}, unused, {})
@@ -171,27 +188,47 @@ def build(view: DenseView, *, trust_remote_code: bool = False) -> Skeleton:
     if missing:
         shown = ", ".join(missing[:5])
         raise ArchitectureError(
-            f"{checkpoint.root}: {len(missing)} tensors that {type(model).__name__} needs are missing: {shown}",
+            f"{where}: {len(missing)} tensors that {type(model).__name__} needs are missing: {shown}",
             hint="the checkpoint is incomplete, or config.json belongs to another model",
         )
     if wrong := skeleton.mismatches(view):
         raise ArchitectureError(
-            f"{checkpoint.root}: {len(wrong)} tensors do not fit {type(model).__name__}: {'; '.join(wrong[:5])}",
+            f"{where}: {len(wrong)} tensors do not fit {type(model).__name__}: {'; '.join(wrong[:5])}",
             hint="config.json belongs to another model",
         )
     return skeleton
 
 
-def _meta_model(checkpoint: Checkpoint, trust_remote_code: bool) -> nn.Module:
-    from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoModelForCausalLM
-
+@contextmanager
+def _buildable(where: str) -> Iterator[None]:
+    """Whatever transformers has against a configuration, in one sentence."""
     try:
-        config = AutoConfig.from_pretrained(checkpoint.root, trust_remote_code=trust_remote_code)
-        if getattr(config, "is_encoder_decoder", False):
-            raise ArchitectureError(
-                f"{checkpoint.root}: {config.model_type} is an encoder-decoder model; only causal LMs can be streamed"
-            )
+        yield
+    except (ValueError, KeyError, ImportError, AttributeError, TypeError, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ArchitectureError(
+            f"{where}: transformers cannot build a causal LM from config.json: {reason}",
+            hint="check model_type; custom code needs --trust-remote-code",
+        ) from error
+
+
+def read_config(root: Path, trust_remote_code: bool) -> Any:
+    """The configuration in ``root`` as transformers understands it."""
+    from transformers import AutoConfig
+
+    with _buildable(str(root)):
+        return AutoConfig.from_pretrained(root, trust_remote_code=trust_remote_code)
+
+
+def _meta_model(config: Any, where: str, trust_remote_code: bool) -> nn.Module:
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+
+    if getattr(config, "is_encoder_decoder", False):
+        raise ArchitectureError(
+            f"{where}: {config.model_type} is an encoder-decoder model; only causal LMs can be streamed"
+        )
+    with _buildable(where):
         if getattr(config, "quantization_config", None) is not None:
             del config.quantization_config
         config.use_cache = False
@@ -201,12 +238,6 @@ def _meta_model(checkpoint: Checkpoint, trust_remote_code: bool) -> nn.Module:
                 config, trust_remote_code=trust_remote_code, dtype=torch.float32, experts_implementation="eager"
             )
         model.tie_weights()
-    except (ValueError, KeyError, ImportError, AttributeError, TypeError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ArchitectureError(
-            f"{checkpoint.root}: transformers cannot build a causal LM from config.json: {reason}",
-            hint="check model_type; custom code needs --trust-remote-code",
-        ) from error
     return model.eval()
 
 

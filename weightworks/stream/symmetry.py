@@ -73,7 +73,15 @@ class Family:
 
 def spread(segments: Segments, shape: Shape, order: torch.Tensor) -> torch.Tensor:
     """The order of heads, int64 [groups * heads], as the order of all rows of an axis."""
-    groups = order[:: shape.heads] // shape.heads  # [groups]
+    return rows_of(segments, shape, order.view(-1, shape.heads))
+
+
+def rows_of(segments: Segments, shape: Shape, chosen: torch.Tensor) -> torch.Tensor:
+    """The rows of an axis that hold the ``chosen`` heads, int64 [groups, heads of each], in their order.
+
+    There may be fewer groups than ``shape`` has, or fewer heads in each.
+    """
+    order, groups = chosen.flatten(), chosen[:, 0] // shape.heads
     found, start = [], 0
     for kind, size in segments:
         units = order if kind == HEAD else groups
@@ -102,19 +110,26 @@ def find_symmetry(view: DenseView, reader: Rows, *, trust_remote_code: bool = Fa
 
     Raises :class:`ArchitectureError` if no block has any.
     """
-    skeleton = build(view, trust_remote_code=trust_remote_code)
-    search = _Search(skeleton, PermutedView(reader, {}))
-    found = [search.block(index) for index in range(len(skeleton.blocks))]
+    return search(build(view, trust_remote_code=trust_remote_code), reader, hint="leave out --align")
+
+
+@torch.no_grad()
+def search(skeleton: Skeleton, reader: Rows, *, hint: str = "") -> Symmetry:
+    """:func:`find_symmetry` of a ``skeleton`` that is there; ``hint`` is what to do where nothing is found."""
+    looked = _Search(skeleton, PermutedView(reader, {}))
+    found = [looked.block(index) for index in range(len(skeleton.blocks))]
     if not any(found):
-        reasons = "; ".join(f"{name}: {reason}" for name, reason in search.unknown.items())
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in looked.unknown.items())
         raise ArchitectureError(
             f"{type(skeleton.model).__name__}: no units of its blocks are known to be exchangeable ({reasons})",
-            hint="leave out --align",
+            hint=hint,
         )
-    return Symmetry(tuple(family for families in found for family in families), search.unknown)
+    return Symmetry(tuple(family for families in found for family in families), looked.unknown)
 
 
-Place = tuple[str, "int | None", int]  # parameter inside the block, expert, part: the same in all blocks of a structure
+Place = tuple[
+    str, int
+]  # parameter inside the block, and part of it: the same in all blocks of a structure, all experts
 
 
 @dataclass(frozen=True)
@@ -178,17 +193,26 @@ class _Search:
         }
         output = call.run(block, self.hidden)
         found: dict[str, _Guess] = {}
+        alike: dict[frozenset[Place], _Guess] = {}  # the experts of a fused parameter differ in their weights alone
+        reasons: dict[str, str] = {}
         for name, part in parts.items():
             guesses = list(self._guesses(part, turn))
-            guess = next((one for one in guesses if self._holds(index, name, part, one, output)), None)
+            guess = alike.get(_kind(part)) or next(
+                (one for one in guesses if self._holds(index, name, part, one, output)), None
+            )
             if guess is not None:
                 found[name] = guess
+                alike[_kind(part)] = guess
             else:
                 reason = (
                     "moving its units changes the output" if guesses else "not one part that reads and one that writes"
                 )
-                where = f"{self.skeleton.blocks[index][0]}.{name}".rstrip(".")
-                self.unknown[where] = f"{reason} ({', '.join(linear.base.rpartition('.')[2] for linear in part)})"
+                reasons[name] = f"{reason} ({', '.join(linear.base.rpartition('.')[2] for linear in part)})"
+        for name, reason in reasons.items():
+            if (guess := alike.get(_kind(parts[name]))) is not None:  # an expert that no token reached
+                found[name] = guess
+            else:
+                self.unknown[f"{self.skeleton.blocks[index][0]}.{name}".rstrip(".")] = reason
         return found
 
     def _guesses(self, part: Sequence[Linear], turn: Mapping[str, int]) -> Iterator[_Guess]:
@@ -204,8 +228,8 @@ class _Search:
         for shape, size, layouts in self._shapes(width):
             rows = {sum(shape.count(kind) * length for kind, length in one): one for one in reversed(layouts)}
             if all(linear.shape[0] in rows for linear in ins):
-                layout = {_place(linear): (0, rows[linear.shape[0]]) for linear in ins}
-                yield _Guess(shape, layout | {_place(outs[0]): (1, ((HEAD, size),))})
+                layout = {_alike(linear): (0, rows[linear.shape[0]]) for linear in ins}
+                yield _Guess(shape, layout | {_alike(outs[0]): (1, ((HEAD, size),))})
 
     def _shapes(self, width: int) -> Iterator[tuple[Shape, int, list[Segments]]]:
         """Shapes of a part that hands ``width`` numbers on, the size of a head in them, and how rows may hold heads."""
@@ -229,7 +253,7 @@ class _Search:
         family = self._family(index, name, part, guess)
         order = random_order(guess.shape, torch.Generator().manual_seed(index))
         moved = PermutedView(self.reader, family.orders(order, self.reader))
-        out = next(linear for linear in part if guess.layout[_place(linear)][0] == 1)
+        out = next(linear for linear in part if guess.layout[_alike(linear)][0] == 1)
         prefix, block = self.skeleton.blocks[index]
         names = [
             name
@@ -250,7 +274,7 @@ class _Search:
         prefix = self.skeleton.blocks[index][0]
         axes = []
         for linear in part:
-            axis, segments = guess.layout[_place(linear)]
+            axis, segments = guess.layout[_alike(linear)]
             axes.append(Axis(linear.tensor, axis, linear.transposed, segments))
             if axis == 0 and linear.piece.expert is None:
                 pieces = self.skeleton.pieces.get(f"{linear.module}.bias", [])
@@ -258,5 +282,9 @@ class _Search:
         return Family(index, f"{prefix}.{name}".rstrip("."), guess.shape, tuple(axes))
 
 
-def _place(linear: Linear) -> Place:
-    return linear.parameter, linear.piece.expert, linear.piece.part
+def _alike(linear: Linear) -> Place:
+    return linear.parameter, linear.piece.part
+
+
+def _kind(part: Sequence[Linear]) -> frozenset[Place]:
+    return frozenset(map(_alike, part))

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from weightworks.errors import UsageError, nearest
 from weightworks.stage import catalog
-from weightworks.testing.contract import COMMAND, DECLARATION, RESULT
+from weightworks.testing.contract import COMMAND, DECLARATION, RUNS, SAME
 from weightworks.testing.trial import Trial
 
 __all__ = ["Check", "conformance"]
@@ -49,19 +49,20 @@ def conformance(label: str, *, model: str | Path | None = None) -> list[Check]:
     """The checks for the method ``label`` (``quantize.power``), in the order in which failures explain most.
 
     They run the method with its defaults on ``model``, by default a Llama of 330,000 random weights that is made on the
-    spot. Seconds in all: the checks share one run. Nothing is imported or run before a check is called, so a method
-    that is missing or broken fails its checks, not the collection of tests. Raises :class:`UsageError` if ``label`` is
-    not ``KIND.NAME``.
+    spot (deeper, or a mixture of experts, for a method that removes these). Seconds in all: the checks share one run.
+    Nothing is imported or run before a check is called, so a method that is missing or broken fails its checks, not the
+    collection of tests. Raises :class:`UsageError` if ``label`` is not ``KIND.NAME``.
     """
     kind = label.partition(".")[0]
     if kind not in catalog.SHELVES or kind == label:
         raise UsageError(f"'{label}' is not KIND.NAME: unknown kind ({nearest(kind, catalog.SHELVES)})")
     trial = Trial(label, None if model is None else Path(model))
-    results: Sequence[Callable[[Trial, Path], None]] = RESULT if kind in CHANGING else ()
+    results: Sequence[Callable[[Trial, Path], None]] = (*RUNS, *SAME) if kind in CHANGING else ()
     if kind == "prune":
         from weightworks.testing.prune_contract import PRUNING
+        from weightworks.testing.reduce_contract import REDUCING, unless_smaller
 
-        results = [*RESULT, *PRUNING]
+        results = [*RUNS, *map(unless_smaller, [*SAME, *PRUNING]), *REDUCING]
     if kind == "merge":
         from weightworks.testing.merge_contract import MERGE
 

@@ -102,6 +102,16 @@ def has_one_shape(trial: Trial, folder: Path) -> None:
     with told(f"{label}: Method({options!r}) fails"):
         method = module.Method(options)
     demand(getattr(method, "options", None) == options, f"{label}: Method(options).options are not these options")
+    if trial.reduces is not None:
+        wanted = {
+            "units": ("stays", "watch", "choose"),
+            "blocks": ("leaves", "shorten"),
+            "experts": ("leaves", "watch", "choose"),
+        }
+        demand(trial.reduces in wanted, f"{label}: Method.reduces is {trial.reduces!r}, not one of {', '.join(wanted)}")
+        missing = [name for name in wanted[trial.reduces] if not callable(getattr(method, name, None))]
+        demand(not missing, f"{label}: Method reduces {trial.reduces} and has no {', '.join(missing)}")
+        return
     if trial.entry.kind in ("quantize", "prune"):
         shapes = [("apply",), ("watch", "solve"), ("trace", "traced", "answer")]
         said = [" and ".join(f"`{name}`" for name in names) for names in shapes]
@@ -223,10 +233,10 @@ DECLARATION = (
     has_one_shape,
 )  # fmt: skip
 COMMAND = (help_stays_quick,)
-RESULT = (
-    defaults_run, same_seed_same_bytes, remembers_nothing, other_tensors_untouched, shapes_and_dtypes_are_kept,
-    values_are_finite, report_is_complete,
-)  # fmt: skip
+RUNS = (defaults_run, same_seed_same_bytes)
+SAME = (
+    remembers_nothing, other_tensors_untouched, shapes_and_dtypes_are_kept, values_are_finite, report_is_complete,
+)  # fmt: skip  # what holds of methods that keep every tensor
 
 
 # Aids.

@@ -1,4 +1,4 @@
-"""A small model made on the spot: two Llama blocks of random weights, and a tokenizer trained on the built-in text."""
+"""A small model made on the spot: Llama blocks of random weights, and a tokenizer trained on the built-in text."""
 
 from __future__ import annotations
 
@@ -10,20 +10,26 @@ from weightworks.stream.builtin import HERE
 
 CALIBRATION_TEXT = HERE / "calibration.txt"
 VOCABULARY = 512  # more tokens than the widest layer has inputs, so that calibration inputs span them
+CALM = 0.01  # what blocks of a deep model add is small beside what passes them, as in trained ones
 WIDTH = 128  # divisible by the usual group sizes
 
 
-def make_model(folder: Path) -> Path:
-    """Write the model to ``folder`` in the layout of transformers, the same bytes every time; returns the folder."""
-    from safetensors.torch import save_file
-    from transformers import LlamaConfig, LlamaForCausalLM
+def make_model(folder: Path, *, blocks: int = 2, experts: int = 0) -> Path:
+    """Write the model to ``folder`` in the layout of transformers, the same bytes every time; returns the folder.
 
-    config = LlamaConfig(
-        architectures=["LlamaForCausalLM"],
+    With ``experts`` it is a Mixtral, whose feed-forward parts are mixtures of so many.
+    """
+    from safetensors.torch import save_file
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(
+        "mixtral" if experts else "llama",
+        **({"num_local_experts": experts, "sliding_window": None} if experts else {}),
+        architectures=["MixtralForCausalLM" if experts else "LlamaForCausalLM"],
         vocab_size=VOCABULARY,
         hidden_size=WIDTH,
         intermediate_size=2 * WIDTH,
-        num_hidden_layers=2,
+        num_hidden_layers=blocks,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=128,
@@ -33,11 +39,14 @@ def make_model(folder: Path) -> Path:
         dtype="bfloat16",
     )
     with torch.device("meta"):
-        shapes = {name: parameter.shape for name, parameter in LlamaForCausalLM(config).named_parameters()}
+        model = AutoModelForCausalLM.from_config(config)
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
     generator = torch.Generator().manual_seed(0)
     tensors = {}
     for name, shape in shapes.items():
         noise = torch.randn(shape, generator=generator)
+        if blocks > 2 and name.endswith(("o_proj.weight", "down_proj.weight")):
+            noise *= CALM
         tensor = 1 + 0.1 * noise if noise.ndim == 1 else noise * shape[-1] ** -0.5  # norms: near one, none like another
         tensors[name] = tensor.bfloat16()
     config.save_pretrained(folder)

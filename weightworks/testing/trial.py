@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 # Enough for a definite Hessian of the tiny model's widest layer; a second of work.
 CALIBRATION: dict[str, Any] = {"num_samples": 16, "seq_len": 64, "device": "cpu", "dtype": "float32"}
 
+NEEDS: dict[str, Any] = {"blocks": {"blocks": 4}, "experts": {"experts": 4}}  # of a model, by what a method removes
+
 
 class Trial:
     """The method ``label`` on the checkpoint ``model``, by default one that is made on the spot.
@@ -60,7 +62,12 @@ class Trial:
         """The model's folder."""
         from weightworks.testing.tiny import make_model
 
-        return self._model or make_model(self.folder / "model")
+        return self._model or make_model(self.folder / "model", **NEEDS.get(self.reduces or "", {}))
+
+    @property
+    def reduces(self) -> str | None:
+        """What a method that makes a model smaller removes; None for all others."""
+        return getattr(self.module.Method, "reduces", None)
 
     @cached_property
     def made(self) -> Path:
