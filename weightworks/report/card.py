@@ -48,7 +48,9 @@ def model_card(source: Checkpoint, name: str, provenance: dict[str, Any], dequan
     size = provenance["size"]
     reduction = provenance.get("reduction")
     factored = "factored_weights" in size
-    done = _smaller(identity["method"], reduction) if reduction else _done(identity["method"], options, factored=factored)
+    done = (
+        _smaller(identity["method"], reduction) if reduction else _done(identity["method"], options, factored=factored)
+    )
     sentence = f"`{source.name}` {done}."
     rows = [("weights on disk", f"{size['bytes_out']:,} bytes, {size['bytes_in'] / size['bytes_out']:.2f}x smaller")]
     if "kept_weights" in size:
