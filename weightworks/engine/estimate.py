@@ -37,7 +37,8 @@ class Estimate:
 
     Bytes: ``output_bytes`` of weight files, exact; ``disk_bytes`` staging included; ``peak_bytes`` of the process.
     ``on_disk`` says that activations go to disk; ``statistics_bytes`` is the room for one round of statistics;
-    ``reload_blocks`` is how many leading blocks the reload check can hold.
+    ``reload_blocks`` is how many leading blocks the reload check can hold; ``recompute`` says that a training runs blocks
+    again in the backward pass.
     """
 
     output_bytes: int
@@ -49,6 +50,7 @@ class Estimate:
     on_disk: bool
     statistics_bytes: int
     reload_blocks: int
+    recompute: bool = False
 
     def facts(self) -> dict[str, Any]:
         return dict(vars(self))

@@ -37,6 +37,7 @@ from weightworks.store.shards import planned_bytes
 from weightworks.store.tensorfile import TensorSpec
 from weightworks.stream.linears import Linear, block_linears
 from weightworks.stream.skeleton import Skeleton, build
+from weightworks.stream.whole import Subset
 
 NUMERIC = ("torch", "numpy", "scipy", "transformers", "safetensors")  # versions that may change a bit of the output
 
@@ -87,6 +88,17 @@ class Job:
     def linears(self) -> dict[str, Linear]:
         """All weights to be changed, by checkpoint name."""
         return {linear.tensor: linear for block in self.blocks for linear in block}
+
+    @cached_property
+    def subset(self) -> Subset:
+        """What a method that trains trains; nothing for another."""
+        found: Subset = self.method.subset(self.skeleton) if hasattr(self.method, "subset") else Subset(())
+        return found
+
+    @cached_property
+    def changed(self) -> set[str]:
+        """All tensors that are not copied."""
+        return self.subset.tensors(self.skeleton) if hasattr(self.method, "subset") else set(self.linears)
 
     def held(self, columns: int) -> int:
         """Bytes of the statistics of an input of so many columns."""
@@ -267,7 +279,7 @@ class Job:
 
     def account(self) -> dict[str, Any]:
         """What became of every input tensor: transformed or copied, with the reason a matrix was left as it is."""
-        copied = [name for name in self.checkpoint.tensors if name not in self.linears]
+        copied = [name for name in self.checkpoint.tensors if name not in self.changed]
         left = {
             name: self.kept.get(name, "unused by the model")
             for name in copied
@@ -275,7 +287,7 @@ class Job:
         }
         return {
             "input": len(self.checkpoint.tensors),
-            "transformed": len(self.linears),
+            "transformed": len(self.changed),
             "copied": len(copied),
             "dropped": 0,
             "left_as_they_are": left,

@@ -16,20 +16,31 @@ from weightworks.engine.executor import Executor
 from weightworks.engine.finish import copy_rest, finish, stream_perplexity
 from weightworks.engine.job import Job, digest_of
 from weightworks.engine.machine import compute_dtype, free_memory, pick_device
+from weightworks.engine.modelwise import Training
 from weightworks.engine.survey import run_surveys
 from weightworks.engine.tensorwise import run_tensorwise
-from weightworks.errors import CalibrationError, DegradedError, OutputError, ResourceError, WeightworksError
+from weightworks.errors import (
+    CalibrationError,
+    DegradedError,
+    MethodError,
+    OutputError,
+    ResourceError,
+    WeightworksError,
+)
 from weightworks.report.progress import Progress
 from weightworks.stage import catalog
 from weightworks.stage.settings import Settings
 from weightworks.store.checkpoint import Checkpoint
 from weightworks.store.manifest import changed_files, read_provenance
+from weightworks.store.sources import file_digest
 from weightworks.store.writer import CheckpointWriter, check_target
 from weightworks.stream.builtin import verification_text
 from weightworks.stream.calibration import Calibration, encode_all, load_tokenizer, load_windows
+from weightworks.stream.lessons import Lessons
 from weightworks.stream.memory import ran_out
 from weightworks.stream.skeleton import Skeleton
 
+CALIBRATION_WINDOWS = 128
 PROBE_WINDOWS, PROBE_LENGTH = 4, 256  # the check text: enough to tell a broken folder from a sound one
 
 
@@ -91,10 +102,12 @@ def run_stage(
     job = Job(entry.label, module.VERSION, method, settings, checkpoint, target, progress, pick_device(settings.device))
     calibration = calibrate(job) if reads_text(method) else None
     probe = check_windows(checkpoint, job.skeleton, trust_remote_code=settings.trust_remote_code)
-    dtype = compute_dtype(settings.dtype, stored_dtype(checkpoint), job.device) if calibration else torch.float32
-    data = {} if calibration is None else {"calibration": calibration.digest, "dtype": str(dtype)}
+    dtype = dtype_of_passes(job) if calibration else torch.float32
+    data: dict[str, Any] = {} if calibration is None else {"calibration": calibration.digest, "dtype": str(dtype)}
     announce(resolved(job, calibration, dtype))
     if not dry_run or target.exists():  # the identity takes reading every byte of the input, once
+        if hasattr(method, "files"):
+            data["files"] = {str(path): file_digest(path) for path in method.files()}
         identity = job.identity(**data, **entry.version_facts())
         if (done := finished(target, identity)) is not None and not settings.overwrite:
             return Outcome(target, None, done, cached=True, seconds=time.monotonic() - started)
@@ -136,7 +149,13 @@ def execute(
     job.progress.log_to(log_path(job.target))
     try:
         run_surveys(job, writer, calibration, probe, dtype, on_disk=costs.on_disk)
-        if calibration is not None and hasattr(job.method, "solve"):
+        if isinstance(calibration, Lessons):
+            training = Training(job, writer, calibration, probe, dtype, recompute=costs.recompute)
+            results = training.run()
+            copy_rest(job, writer)
+            whole = costs.reload_blocks == len(job.skeleton.blocks)
+            results["partial"] = results["result"] if whole else None
+        elif calibration is not None and hasattr(job.method, "solve"):
             results = Blockwise(
                 job,
                 writer,
@@ -158,6 +177,7 @@ def execute(
         facts: dict[str, Any] = {
             "size": sizes(job, results["rows"]),
             "quality": {key: results[key] for key in ("dense", "result")},
+            **({"training": results["training"]} if "training" in results else {}),
         }
         if calibration is not None:
             facts["calibration"] = {
@@ -193,19 +213,31 @@ def execute(
 def reads_text(method: Any) -> bool:
     """Whether a method, or a survey it asks for, looks at the inputs that a calibration text makes."""
     surveys = method.surveys() if hasattr(method, "surveys") else ()
-    return hasattr(method, "watch") or any(survey.watch is not None for survey in surveys)
+    return hasattr(method, "watch") or trains(method) or any(survey.watch is not None for survey in surveys)
+
+
+def trains(method: Any) -> bool:
+    """Whether a method is of the shape that trains."""
+    return hasattr(method, "regime")
 
 
 def calibrate(job: Job) -> Calibration:
-    """The job's calibration windows, as its settings ask for them."""
-    settings = job.settings
-    length = min(settings.seq_len, context_length(job.skeleton))
+    """The job's windows of text, as its settings ask for them: to calibrate with, or to train on."""
+    settings, regime = job.settings, job.method.regime() if trains(job.method) else None
+    count = settings.num_samples or (CALIBRATION_WINDOWS if regime is None else regime.windows)
+    text = read_windows(job, count)
+    return text if regime is None else Lessons.of(text, regime.held_out, settings.seed)
+
+
+def read_windows(job: Job, count: int) -> Calibration:
+    """``count`` windows of the data set in the job's settings."""
+    settings, length = job.settings, min(job.settings.seq_len, context_length(job.skeleton))
     if settings.dataset == "self":
         from weightworks.stream.selfwritten import write_windows
 
         return write_windows(
             job.checkpoint,
-            settings.num_samples,
+            count,
             length,
             settings.seed,
             free_bytes=settings.memory_limit or free_memory(),
@@ -214,7 +246,7 @@ def calibrate(job: Job) -> Calibration:
     return load_windows(
         settings.dataset,
         job.checkpoint.root,
-        num_samples=settings.num_samples,
+        num_samples=count,
         seq_len=length,
         seed=settings.seed,
         trust_remote_code=settings.trust_remote_code,
@@ -233,6 +265,18 @@ def check_windows(checkpoint: Checkpoint, skeleton: Skeleton, *, trust_remote_co
     tokens = encode_all(tokenizer, [verification_text()])
     length = min(length, tokens.numel() // 2)
     return tokens[: tokens.numel() // length * length].view(-1, length)[:PROBE_WINDOWS]
+
+
+def dtype_of_passes(job: Job) -> torch.dtype:
+    """The dtype in which the text passes the model. Training takes no float16: gradients leave its range."""
+    wanted, stored = job.settings.dtype, stored_dtype(job.checkpoint)
+    if not trains(job.method):
+        return compute_dtype(wanted, stored, job.device)
+    if wanted == "float16":
+        raise MethodError(
+            f"{job.label}: --dtype float16 cannot train: gradients leave its range", hint="--dtype bfloat16"
+        )
+    return compute_dtype(wanted, torch.bfloat16 if stored == torch.float16 else stored, job.device)
 
 
 def context_length(skeleton: Skeleton) -> int:
@@ -330,7 +374,7 @@ def sizes(job: Job, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "ratio": job.checkpoint.nbytes / bytes_out,
     }
     if job.side:
-        kept = {row["tensor"]: row["kept"] for row in rows}
+        kept = {row["tensor"]: row["kept"] for row in rows if "kept" in row}
         masks = sum(spec.nbytes for members in job.side.values() for spec in members)
         values = sum(count * job.linears[name].dtype.itemsize for name, count in kept.items())
         facts |= {"masked_weights": weights, "kept_weights": sum(kept.values()), "masks_bytes": masks}

@@ -50,6 +50,11 @@ class Linear:
         """The tensor's name without ``.weight``."""
         return self.tensor.removesuffix(".weight")
 
+    @property
+    def full(self) -> str:
+        """The parameter's name in the model."""
+        return f"{self.module}.{self.parameter.rpartition('.')[2]}"
+
 
 @dataclass(frozen=True, slots=True)
 class Group:
@@ -191,6 +196,11 @@ def watch(
             call.run(block, hidden)
     except _StopForward:
         pass
+
+
+def turned(weight: torch.Tensor, linear: Linear) -> torch.Tensor:
+    """``weight`` as the layer holds it seen as [out, in], or the other way round."""
+    return weight.T if linear.transposed else weight
 
 
 def read_linear(reader: DenseReader, linear: Linear) -> torch.Tensor:

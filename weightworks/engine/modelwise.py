@@ -1,0 +1,288 @@
+"""The loop of methods that train: a whole model in memory, round after round of optimizer steps, masks held at each.
+
+A run is put by from time to time and at the end of every round: values, masks, moments, and where it was. A killed run goes
+on from there, and since windows, rates and arithmetic follow from the position alone, it ends in the same bytes.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from weightworks.engine.blockwise import Written, prove_first
+from weightworks.engine.finish import stream_perplexity
+from weightworks.engine.job import Job
+from weightworks.engine.optimizer import Optimizer
+from weightworks.errors import MethodError
+from weightworks.stage.protocols import Solution
+from weightworks.stage.training import Modelwise
+from weightworks.store.snapshot import Snapshot, write_snapshot
+from weightworks.store.writer import CheckpointWriter
+from weightworks.stream.lessons import Lessons
+from weightworks.stream.memory import release
+from weightworks.stream.skeleton import Skeleton
+from weightworks.stream.whole import Whole
+
+SAVE_SECONDS = 60.0  # a run is put by no more often than this while it trains,
+SAVE_SHARE = 20  # nor does putting it by take more than one part in so many of its time
+CURVE = 50  # points of the loss curve that the report has of a round
+EARLIER = "earlier.safetensors"  # values to go back to
+
+
+class Training:
+    """A modelwise job on its way."""
+
+    def __init__(
+        self,
+        job: Job,
+        writer: CheckpointWriter,
+        lessons: Lessons,
+        probe: torch.Tensor,
+        dtype: torch.dtype,
+        *,
+        recompute: bool,
+    ) -> None:
+        self.job, self.writer, self.lessons, self.probe, self.dtype = job, writer, lessons, probe, dtype
+        self.method: Modelwise = job.method
+        self.regime = self.method.regime()
+        self.recompute = recompute
+        self.rounds: list[dict[str, Any]] = []  # facts of rounds begun
+        self.losses: list[float] = []  # of steps since the last journal entry
+        self.saves = 0
+        self.saved = self.cost = 0.0  # when the run was last put by, and the seconds that took
+
+    def run(self) -> dict[str, Any]:
+        """Train and write; returns ``rows``, what is to be told of the ``training``, and the probe's perplexities."""
+        job, writer = self.job, self.writer
+        job.returns_tuple = prove_first(job, writer, self.probe)
+        dense = stream_perplexity(job, job.view, self.probe)
+        if "trained" not in writer.steps:
+            model = Whole(job.skeleton, job.view, job.linears, job.subset, self.dtype, job.device)
+            model.load()
+            try:
+                self._train(model)
+                self._write(model)
+            finally:
+                model.unload()
+                release()
+        result = stream_perplexity(job, Written(job, writer), self.probe)
+        return {**writer.steps["trained"], "dense": dense, "result": result}
+
+    # Rounds and steps.
+
+    def _train(self, model: Whole) -> None:
+        optimizer = Optimizer(model.values, model.masks, decay=self.regime.decay, clip=self.regime.clip)
+        number, step = self._restore(model, optimizer)
+        rounds, steps = self.regime.rounds, self.regime.steps
+        self.job.progress.begin("step", rounds * steps, number * steps + step, every=5.0)
+        with recomputing(self.job.skeleton) if self.recompute else _as_it_is():
+            while number < rounds:
+                if step == 0:
+                    self._begin(number, model)
+                    optimizer.restart()
+                rates = self.method.rates(number, self.rounds[number]["begun"])
+                while step < steps:
+                    self._put_by(model, number, step)
+                    self._step(model, optimizer, number, step, rates[step])
+                    step += 1
+                    if step < steps and time.monotonic() - self.saved > max(SAVE_SECONDS, SAVE_SHARE * self.cost):
+                        self._save(model, optimizer, number, step)
+                self._put_by(model, number, step)
+                self._end(number, model)
+                number, step = number + 1, 0
+                optimizer.restart()
+                self._save(model, optimizer, number, step)
+        self.job.progress.end()
+
+    def _begin(self, number: int, model: Whole) -> None:
+        before = self.rounds[-1]["held_out_after"] if self.rounds else self._held_out(model)
+        begun = self.method.begin(number, model)
+        model.hold()
+        facts = {"begun": begun, "held_out_before": before, "held_out_begun": self._held_out(model)}
+        self.rounds.append(facts)
+        self.job.progress.say(
+            f"round {number + 1} of {self.regime.rounds}: held-out loss {told(facts, 'before', 'begun')}"
+        )
+
+    def _end(self, number: int, model: Whole) -> None:
+        facts = self.rounds[number]
+        facts["held_out_after"] = self._held_out(model)
+        facts["ended"] = self.method.end(number, model)
+        self.job.progress.say(
+            f"round {number + 1} of {self.regime.rounds}: held-out loss {told(facts, 'begun', 'after')}"
+        )
+
+    def _step(self, model: Whole, optimizer: Optimizer, number: int, step: int, rate: float) -> None:
+        """One optimizer step; the loss is the mean over all tokens predicted in it."""
+        regime = self.regime
+        tokens = self.lessons.batch(number * regime.steps + step, regime.batch).to(self.job.device)
+        predicted, loss = tokens.shape[0] * (tokens.shape[1] - 1), 0.0
+        for part in tokens.chunk(regime.parts):
+            share = self._loss(model, part) / predicted
+            share.backward()
+            loss += float(share.detach())
+        norm = optimizer.step(rate)
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            self.writer.discard()  # it would come to this again
+            raise MethodError(
+                f"{self.job.label}: the training diverged: loss {loss}, gradient norm {norm} at step {step + 1} of round "
+                f"{number + 1}, rate {rate:.3g}",
+                hint="take a smaller --lr; nothing was written",
+            )
+        self.losses.append(loss)
+        self.job.progress.step(f"round {number + 1}, loss {loss:.4f}, rate {rate:.2e}")
+
+    def _loss(self, model: Whole, tokens: torch.Tensor) -> torch.Tensor:
+        """The sum of the negative log-likelihoods (nats) of ``tokens`` [n, seq] but the first."""
+        with torch.autocast(self.job.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            logits = model.model(input_ids=tokens, use_cache=False).logits  # [n, seq, vocabulary]
+        return nn.functional.cross_entropy(
+            logits[:, :-1].float().flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum"
+        )
+
+    @torch.no_grad()
+    def _held_out(self, model: Whole) -> float:
+        """The mean loss on the held-out windows, nats a token."""
+        windows = self.lessons.held_out
+        size = max(1, self.regime.batch // self.regime.parts)
+        total = sum(float(self._loss(model, part.to(self.job.device))) for part in windows.split(size))
+        return total / (windows.shape[0] * (windows.shape[1] - 1))
+
+    # Putting by, and going on.
+
+    def _put_by(self, model: Whole, number: int, step: int) -> None:
+        """Keep the values a method will go back to."""
+        if number == 0 and step == self.regime.remember:
+            write_snapshot(self.writer.scratch / EARLIER, model.values)
+        model.earlier = self._earlier
+
+    def _earlier(self, name: str) -> torch.Tensor:
+        return Snapshot(self.writer.scratch / EARLIER).read(name)
+
+    def _save(self, model: Whole, optimizer: Optimizer, number: int, step: int) -> None:
+        """Put the run by: its tensors in a file, the rest in the journal, which names the file."""
+        started = time.monotonic()
+        self.saves += 1
+        path = self._state(self.saves)
+        kept: dict[str, Mapping[str, torch.Tensor]] = {"value": model.values, "mask": model.masks, "extra": model.extra}
+        named = {f"{kind} {name}": tensor for kind, tensors in kept.items() for name, tensor in tensors.items()}
+        write_snapshot(path, {**named, **dict(optimizer.state())})
+        facts = {"position": [number, step], "rounds": self.rounds, "losses": self.losses}
+        self.writer.done(f"training {self.saves}", facts)
+        self.losses = []
+        self._state(self.saves - 1).unlink(missing_ok=True)
+        self.saved, self.cost = time.monotonic(), time.monotonic() - started
+
+    def _restore(self, model: Whole, optimizer: Optimizer) -> tuple[int, int]:
+        """Where the run is: at its start, or where it was put by last, with all that it had then."""
+        self.saves = sum(name.startswith("training ") for name in self.writer.steps)
+        self.saved = time.monotonic()
+        if self.saves == 0:
+            return 0, 0
+        facts = self.writer.steps[f"training {self.saves}"]
+        self.rounds = list(facts["rounds"])
+        number, step = facts["position"]
+        snapshot = Snapshot(self._state(self.saves))
+        for named in snapshot.infos:
+            kind, _, name = named.partition(" ")
+            if kind == "value":
+                model.values[name].data.copy_(snapshot.read(named))
+            elif kind in ("mask", "extra"):
+                {"mask": model.masks, "extra": model.extra}[kind][name] = snapshot.read(named).to(self.job.device)
+        optimizer.restore(snapshot.infos, snapshot.read)
+        model.earlier = self._earlier
+        self.job.progress.say(f"resuming after step {step} of round {number + 1}")
+        return number, step
+
+    def _state(self, number: int) -> Any:
+        return self.writer.scratch / f"training-{number:04d}.safetensors"
+
+    # The end.
+
+    def _write(self, model: Whole) -> None:
+        job, changed = self.job, dict(model.stored())
+        rows = []
+        for name in (name for name in job.checkpoint.tensors if name in changed):
+            linear, info = job.linears.get(name), job.checkpoint.info(name)
+            if linear is not None and job.side:
+                original, weight, mask = model.original(name), model.weight(name), model.mask(name)
+                facts = {
+                    "relative_weight_error": distance(weight, original),
+                    **self.method.told(weight, original, mask),
+                }
+                solution = Solution(weight, facts, mask=mask)
+                for stored, tensor in job.stored(linear, solution).items():
+                    self.writer.put(stored, tensor.cpu())
+                rows.append(job.row(linear, solution))
+                continue
+            value = changed[name].to(info.dtype).cpu().contiguous()
+            self.writer.put(name, value)
+            moved = distance(value.float(), job.view.read(name, torch.float32))
+            row = {"tensor": name, "shape": list(info.shape), "method": job.label}
+            rows.append({**row, "bytes_in": info.nbytes, "bytes_out": info.nbytes, "relative_change": moved})
+        self.writer.done("trained", {"rows": rows, "training": self._told(model)})
+
+    def _told(self, model: Whole) -> dict[str, Any]:
+        """What the report says of the training."""
+        trained = sum(value.numel() for value in model.values.values())
+        losses = [loss for facts in self.writer.steps.values() for loss in facts.get("losses", ())]
+        steps, regime = self.regime.steps, self.regime
+        rounds = [
+            {**facts, "losses": curve(losses[number * steps : (number + 1) * steps])}
+            for number, facts in enumerate(self.rounds)
+        ]
+        total = sum(math.prod(info.shape) for info in self.job.checkpoint.tensors.values())
+        return {
+            "trained_parameters": trained,
+            "trained_share": trained / total,
+            "steps": regime.rounds * steps,
+            "tokens": regime.rounds * steps * regime.batch * self.lessons.tokens.shape[1],
+            "held_out": {"before": self.rounds[0]["held_out_before"], "after": self.rounds[-1]["held_out_after"]},
+            "rounds": rounds,
+        }
+
+
+def curve(losses: Sequence[float], points: int = CURVE) -> list[float]:
+    """At most so many means of equal stretches of ``losses``."""
+    ends = [len(losses) * number // points for number in range(points + 1)]
+    return [round(sum(losses[a:b]) / (b - a), 5) for a, b in itertools.pairwise(ends) if b > a]
+
+
+def distance(weight: torch.Tensor, original: torch.Tensor) -> float:
+    """|| W' - W ||^2 / || W ||^2."""
+    return float((weight - original).square().sum() / original.square().sum().clamp(min=1e-30))
+
+
+def told(facts: dict[str, Any], *when: str) -> str:
+    return " -> ".join(f"{facts[f'held_out_{one}']:.4f}" for one in when)
+
+
+@contextmanager
+def recomputing(skeleton: Skeleton) -> Iterator[None]:
+    """Blocks keep their input alone, and run again in the backward pass for what it needs."""
+
+    def make(forward: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *args, **kwargs: checkpoint(
+            forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs
+        )
+
+    try:
+        for _, block in skeleton.blocks:
+            block.forward = make(block.forward)
+        yield
+    finally:
+        for _, block in skeleton.blocks:
+            block.__dict__.pop("forward", None)
+
+
+@contextmanager
+def _as_it_is() -> Iterator[None]:
+    yield
