@@ -12,7 +12,7 @@ import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -25,9 +25,10 @@ from compress.sparsity import AmountOptions
 from compress.training import TrainingOptions
 from weightworks.stage.protocols import Survey, Target
 from weightworks.stage.training import Regime
-from weightworks.store.masks import pack_bits, unpack_bits
-from weightworks.stream.skeleton import Skeleton
-from weightworks.stream.whole import Subset, Whole
+
+if TYPE_CHECKING:
+    from weightworks.stream.skeleton import Skeleton
+    from weightworks.stream.whole import Subset, Whole
 
 PAPER = (
     "Han et al. 2015, arXiv:1506.02626; Renda et al. 2020, arXiv:2003.02389; Gadhikar & Burkholz 2024, arXiv:2402.19262"
@@ -116,6 +117,8 @@ class Method:
         return options.regime(rounds=len(options.densities), remember=options.rewind_step)
 
     def subset(self, skeleton: Skeleton) -> Subset:
+        from weightworks.stream.whole import Subset
+
         return Subset(tuple(skeleton.learnable))
 
     def begin(self, number: int, model: Whole) -> dict[str, Any]:
@@ -146,7 +149,6 @@ class Method:
         return {"sign_flips": float(changed[mask].float().mean()) if bool(mask.any()) else 0.0}
 
 
-@torch.no_grad()
 def prune(model: Whole, options: Options, density: float) -> dict[str, Any]:
     """Narrow the masks of ``model`` to ``density`` by the magnitudes it has now; returns figures of this round's masks.
 
@@ -165,7 +167,7 @@ def prune(model: Whole, options: Options, density: float) -> dict[str, Any]:
         before, after = before + int(mask.sum()), after + int(narrowed.sum())
         mask.copy_(narrowed)
         kept[name] = int(narrowed.sum())
-        digest.update(pack_bits(narrowed.cpu()).numpy().tobytes())
+        digest.update(narrowed.cpu().numpy().tobytes())
     model.hold()
     total = sum(model.mask(name).numel() for name in model.linears)
     return {
@@ -211,11 +213,9 @@ def keep_counts(model: Whole, options: Options, density: float) -> dict[str, int
 def note_signs(model: Whole) -> None:
     """Remember which weights are negative."""
     for name in model.linears:
-        model.extra[f"signs {name}"] = pack_bits((model.weight(name) < 0).cpu())
+        model.extra[name] = model.weight(name) < 0
 
 
 def flipped(model: Whole, name: str) -> int:
     """How many kept weights of a tensor have another sign than when it was noted."""
-    weight = model.weight(name)
-    negative = unpack_bits(model.extra[f"signs {name}"].cpu(), weight.shape[1]).to(weight.device)
-    return int((((weight < 0) != negative) & model.mask(name)).sum())
+    return int((((model.weight(name) < 0) != model.extra[name]) & model.mask(name)).sum())

@@ -57,7 +57,7 @@ class Estimate:
 
 
 @dataclass(frozen=True)
-class _Sizes:
+class Sizes:
     """Bytes of the things that come and go; a trailing ``_count`` is of elements."""
 
     base: int  # the process as it is, and what the libraries will grow by
@@ -80,7 +80,7 @@ class _Sizes:
 
 def estimate(job: Job, *, tokens: tuple[int, int] | None, probe: tuple[int, int], dtype: torch.dtype) -> Estimate:
     """The estimate for ``tokens`` calibration windows of a length (None: data-free) and ``probe`` windows."""
-    sizes = _sizes(job, tokens, probe, dtype)
+    sizes = sizes_of(job, tokens, probe, dtype)
     limit = job.settings.memory_limit or free_memory() + resident()
     on_disk, statistics = False, sizes.statistics
     if tokens is None:
@@ -95,13 +95,9 @@ def estimate(job: Job, *, tokens: tuple[int, int] | None, probe: tuple[int, int]
         phases = _blockwise_phases(sizes, statistics, on_disk=on_disk)
     if tokens is not None and hasattr(job.method, "apply"):  # inputs are looked at by its surveys alone
         phases |= {name: max(held, phases.get(name, 0)) for name, held in _tensorwise_phases(sizes).items()}
-    blocks = len(job.skeleton.blocks)
-    # As many as take no more than the leanest run: by sizes alone, so that every machine checks the same.
     lean = phases if tokens is None else _blockwise_phases(sizes, sizes.statistics, on_disk=True)
-    room = max(*lean.values(), sizes.base + RELOADED)
-    fit = (room - _reloading(sizes, 0)) // max(_reloading(sizes, 1) - _reloading(sizes, 0), 1)
-    reload_blocks = max(1, min(blocks, fit))
-    phases["reloading the result"] = _reloading(sizes, reload_blocks)
+    reload_blocks = reloadable(job, sizes, max(lean.values()))
+    phases["reloading the result"] = reloading(sizes, reload_blocks)
     name = max(phases, key=lambda phase: phases[phase])
     scratch = (2 * sizes.activations + 4 * sizes.probe) if tokens else 0
     return Estimate(
@@ -145,7 +141,7 @@ def size(count: float) -> str:
     return f"{count:.3g} TB"
 
 
-def _sizes(job: Job, tokens: tuple[int, int] | None, probe: tuple[int, int], dtype: torch.dtype) -> _Sizes:
+def sizes_of(job: Job, tokens: tuple[int, int] | None, probe: tuple[int, int], dtype: torch.dtype) -> Sizes:
     skeleton, tensors = job.skeleton, job.checkpoint.tensors
     config = skeleton.model.config.get_text_config()
 
@@ -161,7 +157,7 @@ def _sizes(job: Job, tokens: tuple[int, int] | None, probe: tuple[int, int], dty
     linears = list(job.linears.values())
     windows, length = tokens or probe
     batch = min(windows, batch_windows(length)) * length
-    return _Sizes(
+    return Sizes(
         base=resident() + RUNTIME_BYTES,
         outside=4 * sum(skeleton.get(name).numel() for name in outside),
         outside_stored=sum(tensors[tensor].nbytes for tensor in stored(outside)),
@@ -202,10 +198,10 @@ def _stage_statistics(job: Job, block: Sequence[Linear]) -> int:
     return max(sums.values(), default=0)
 
 
-def _blockwise_phases(s: _Sizes, statistics: int, *, on_disk: bool) -> dict[str, int]:
+def _blockwise_phases(s: Sizes, statistics: int, *, on_disk: bool) -> dict[str, int]:
     """Peak bytes by phase of the blockwise engine."""
     block = s.block_count * s.width
-    return _with_heap(
+    return with_heap(
         s.base + 2 * s.probe + (0 if on_disk else s.activations),
         {
             "loading what is outside the blocks": s.outside + s.outside_largest,
@@ -217,9 +213,9 @@ def _blockwise_phases(s: _Sizes, statistics: int, *, on_disk: bool) -> dict[str,
     )
 
 
-def _tensorwise_phases(s: _Sizes) -> dict[str, int]:
+def _tensorwise_phases(s: Sizes) -> dict[str, int]:
     """Peak bytes by phase of the tensorwise engine and of the passes that score its result."""
-    return _with_heap(
+    return with_heap(
         s.base + s.probe,
         {
             "loading what is outside the blocks": s.outside + s.outside_largest,
@@ -230,13 +226,22 @@ def _tensorwise_phases(s: _Sizes) -> dict[str, int]:
     )
 
 
-def _with_heap(kept: int, phases: dict[str, int]) -> dict[str, int]:
+def with_heap(kept: int, phases: dict[str, int]) -> dict[str, int]:
     """``kept`` and each phase's own bytes, with those that the allocator keeps of what other phases have freed."""
     heap = min(HEAP_BYTES, max(phases.values()))
     return {name: kept + heap + own for name, own in phases.items()}
 
 
-def _reloading(s: _Sizes, blocks: int) -> int:
+def reloadable(job: Job, sizes: Sizes, lean: int) -> int:
+    """How many leading blocks of the result are loaded to check it: as many as take no more than the leanest run, ``lean``
+    bytes; by sizes alone, so that every machine checks the same.
+    """
+    room = max(lean, sizes.base + RELOADED)
+    fit = (room - reloading(sizes, 0)) // max(reloading(sizes, 1) - reloading(sizes, 0), 1)
+    return max(1, min(len(job.skeleton.blocks), fit))
+
+
+def reloading(s: Sizes, blocks: int) -> int:
     """Peak bytes of stock transformers with so many blocks: the mapped file while it loads, then decoding or logits."""
     file, packed, dense = (
         s.outside_stored + blocks * s.block_stored,

@@ -15,18 +15,19 @@ from weightworks.engine.estimate import Estimate, estimate, refuse
 from weightworks.engine.executor import Executor
 from weightworks.engine.finish import copy_rest, finish, stream_perplexity
 from weightworks.engine.job import Job, digest_of
-from weightworks.engine.machine import compute_dtype, free_memory, pick_device
+from weightworks.engine.machine import pick_device
 from weightworks.engine.modelwise import Training
 from weightworks.engine.survey import run_surveys
 from weightworks.engine.tensorwise import run_tensorwise
+from weightworks.engine.training_costs import estimate_training
 from weightworks.errors import (
-    CalibrationError,
     DegradedError,
-    MethodError,
     OutputError,
     ResourceError,
     WeightworksError,
 )
+from weightworks.plan.keys import reads_text
+from weightworks.plan.texts import calibrate, check_windows, dtype_of_passes
 from weightworks.report.progress import Progress
 from weightworks.stage import catalog
 from weightworks.stage.settings import Settings
@@ -34,14 +35,9 @@ from weightworks.store.checkpoint import Checkpoint
 from weightworks.store.manifest import changed_files, read_provenance
 from weightworks.store.sources import file_digest
 from weightworks.store.writer import CheckpointWriter, check_target
-from weightworks.stream.builtin import verification_text
-from weightworks.stream.calibration import Calibration, encode_all, load_tokenizer, load_windows
+from weightworks.stream.calibration import Calibration
 from weightworks.stream.lessons import Lessons
 from weightworks.stream.memory import ran_out
-from weightworks.stream.skeleton import Skeleton
-
-CALIBRATION_WINDOWS = 128
-PROBE_WINDOWS, PROBE_LENGTH = 4, 256  # the check text: enough to tell a broken folder from a sound one
 
 
 @dataclass
@@ -113,17 +109,20 @@ def run_stage(
             return Outcome(target, None, done, cached=True, seconds=time.monotonic() - started)
     if not dry_run:
         check_target(target, overwrite=settings.overwrite)
-    costs = estimate(
-        job,
-        tokens=None if calibration is None else (calibration.tokens.shape[0], calibration.tokens.shape[1]),
-        probe=(probe.shape[0], probe.shape[1]),
-        dtype=dtype,
-    )
+    costs = estimated(job, calibration, (probe.shape[0], probe.shape[1]), dtype)
     if dry_run:
         return Outcome(target, costs, None, seconds=time.monotonic() - started)
     refuse(costs, target)
     provenance = execute(job, identity, calibration, probe, dtype, costs, executor)
     return Outcome(target, costs, provenance, seconds=time.monotonic() - started)
+
+
+def estimated(job: Job, text: Calibration | None, probe: tuple[int, int], dtype: torch.dtype) -> Estimate:
+    """What the job will take."""
+    if isinstance(text, Lessons):
+        return estimate_training(job, text, probe=probe, dtype=dtype)
+    tokens = None if text is None else (text.tokens.shape[0], text.tokens.shape[1])
+    return estimate(job, tokens=tokens, probe=probe, dtype=dtype)
 
 
 def execute(
@@ -208,88 +207,6 @@ def execute(
     finally:
         writer.close()
         job.progress.close()
-
-
-def reads_text(method: Any) -> bool:
-    """Whether a method, or a survey it asks for, looks at the inputs that a calibration text makes."""
-    surveys = method.surveys() if hasattr(method, "surveys") else ()
-    return hasattr(method, "watch") or trains(method) or any(survey.watch is not None for survey in surveys)
-
-
-def trains(method: Any) -> bool:
-    """Whether a method is of the shape that trains."""
-    return hasattr(method, "regime")
-
-
-def calibrate(job: Job) -> Calibration:
-    """The job's windows of text, as its settings ask for them: to calibrate with, or to train on."""
-    settings, regime = job.settings, job.method.regime() if trains(job.method) else None
-    count = settings.num_samples or (CALIBRATION_WINDOWS if regime is None else regime.windows)
-    text = read_windows(job, count)
-    return text if regime is None else Lessons.of(text, regime.held_out, settings.seed)
-
-
-def read_windows(job: Job, count: int) -> Calibration:
-    """``count`` windows of the data set in the job's settings."""
-    settings, length = job.settings, min(job.settings.seq_len, context_length(job.skeleton))
-    if settings.dataset == "self":
-        from weightworks.stream.selfwritten import write_windows
-
-        return write_windows(
-            job.checkpoint,
-            count,
-            length,
-            settings.seed,
-            free_bytes=settings.memory_limit or free_memory(),
-            trust_remote_code=settings.trust_remote_code,
-        )
-    return load_windows(
-        settings.dataset,
-        job.checkpoint.root,
-        num_samples=count,
-        seq_len=length,
-        seed=settings.seed,
-        trust_remote_code=settings.trust_remote_code,
-    )
-
-
-def check_windows(checkpoint: Checkpoint, skeleton: Skeleton, *, trust_remote_code: bool) -> torch.Tensor:
-    """Windows int64 [n, seq] of the built-in check text; seeded random tokens where there is no tokenizer."""
-    length = min(PROBE_LENGTH, context_length(skeleton))
-    try:
-        tokenizer = load_tokenizer(checkpoint.root, trust_remote_code=trust_remote_code)
-    except CalibrationError:
-        vocabulary = skeleton.model.config.get_text_config().vocab_size
-        generator = torch.Generator().manual_seed(0)
-        return torch.randint(vocabulary, (PROBE_WINDOWS, length), generator=generator)
-    tokens = encode_all(tokenizer, [verification_text()])
-    length = min(length, tokens.numel() // 2)
-    return tokens[: tokens.numel() // length * length].view(-1, length)[:PROBE_WINDOWS]
-
-
-def dtype_of_passes(job: Job) -> torch.dtype:
-    """The dtype in which the text passes the model. Training takes no float16: gradients leave its range."""
-    wanted, stored = job.settings.dtype, stored_dtype(job.checkpoint)
-    if not trains(job.method):
-        return compute_dtype(wanted, stored, job.device)
-    if wanted == "float16":
-        raise MethodError(
-            f"{job.label}: --dtype float16 cannot train: gradients leave its range", hint="--dtype bfloat16"
-        )
-    return compute_dtype(wanted, torch.bfloat16 if stored == torch.float16 else stored, job.device)
-
-
-def context_length(skeleton: Skeleton) -> int:
-    """Tokens the model can take, by its configuration."""
-    return skeleton.context_length
-
-
-def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
-    """The dtype most of the checkpoint's bytes have."""
-    amounts: dict[torch.dtype, int] = {}
-    for info in checkpoint.tensors.values():
-        amounts[info.dtype] = amounts.get(info.dtype, 0) + info.nbytes
-    return max(amounts, key=lambda dtype: amounts[dtype])
 
 
 def keep_inputs(target: Path, checkpoints: Iterable[Checkpoint]) -> None:

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
 from weightworks.options import Options
-from weightworks.stream.skeleton import Skeleton
-from weightworks.stream.whole import Subset, Whole
+
+if TYPE_CHECKING:
+    from weightworks.stream.skeleton import Skeleton
+    from weightworks.stream.whole import Subset, Whole
 
 
 @dataclass(frozen=True)

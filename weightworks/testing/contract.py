@@ -103,9 +103,10 @@ def has_one_shape(trial: Trial, folder: Path) -> None:
         method = module.Method(options)
     demand(getattr(method, "options", None) == options, f"{label}: Method(options).options are not these options")
     if trial.entry.kind in ("quantize", "prune"):
-        tensorwise, blockwise = hasattr(method, "apply"), hasattr(method, "watch") and hasattr(method, "solve")
-        demand(tensorwise or blockwise, f"{label}: Method has neither `apply` nor `watch` and `solve`")
-        demand(not (tensorwise and blockwise), f"{label}: Method has `apply`, and `watch` and `solve`: which is meant?")
+        shapes = ("apply",), ("watch", "solve"), ("regime", "subset", "begin", "rates", "end", "told")
+        found = [" and ".join(f"`{name}`" for name in names) for names in shapes if _has(method, names)]
+        demand(bool(found), f"{label}: Method has neither `apply`, nor `watch` and `solve`, nor what training takes")
+        demand(len(found) < 2, f"{label}: Method has {', and '.join(found)}: which is meant?")
         with told(f"{label}: Method.scheme() fails"):
             scheme = method.scheme()
         needed = scheme is not None or trial.entry.kind == "prune"
@@ -116,13 +117,17 @@ def has_one_shape(trial: Trial, folder: Path) -> None:
         demand(callables, f"{label}: Method has no `refusal` and `surveys`")
 
 
+def _has(method: Any, names: tuple[str, ...]) -> bool:
+    return all(hasattr(method, name) for name in names)
+
+
 # What a method makes.
 
 
 def defaults_run(trial: Trial, folder: Path) -> None:
     """With its defaults it runs on a small model, verified, without a fallback."""
     facts, label = trial.provenance, trial.label
-    identity, defaults = facts["identity"], trial.module.Options().resolved()
+    identity, defaults = facts["identity"], trial.options
     demand(identity["method"] == label, f"the provenance names the method {identity['method']}, not {label}")
     demand(identity["options"] == defaults, f"{label}: ran with {identity['options']}, the defaults are {defaults}")
     demand(not facts["fallbacks"], f"{label}: fell back with its defaults: {'; '.join(facts['fallbacks'][:3])}")

@@ -1,0 +1,108 @@
+"""What training a whole model will take: memory, with blocks run again where it would be short, time, disk."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from weightworks.engine.estimate import (
+    BYTES_A_SECOND,
+    SLACK,
+    Estimate,
+    Sizes,
+    reloadable,
+    reloading,
+    sizes_of,
+    with_heap,
+)
+from weightworks.engine.job import Job
+from weightworks.engine.machine import free_memory, resident, speeds
+from weightworks.stream.lessons import Lessons
+
+HELD = 16  # bytes a trained parameter: the value, its gradient, two moments
+STEPPING = 12  # bytes a parameter of the largest while AdamW works on it
+PRUNING = 24  # bytes a weight of the largest while it is pruned: scores, copies to sort, masks
+LOGITS = 5  # tensors of the size of a part's logits, in float32, that a gradient takes
+STATES = 12  # of the size of its hidden states that a block keeps, beside inputs and outputs of its linears
+FORWARD, BACKWARD = 1, 2  # arithmetic of the passes, in forward passes
+
+
+def estimate_training(job: Job, lessons: Lessons, *, probe: tuple[int, int], dtype: torch.dtype) -> Estimate:
+    """The estimate for a method that trains on ``lessons``; ``probe`` is the number and length of the check windows."""
+    regime = job.method.regime()
+    limit = job.settings.memory_limit or free_memory() + resident()
+    sizes = sizes_of(job, None, probe, dtype)
+    recompute = bool(regime.recompute)
+    phases = _phases(job, sizes, lessons, dtype, recompute=recompute)
+    if regime.recompute is None and max(phases.values()) > limit:
+        recompute, phases = True, _phases(job, sizes, lessons, dtype, recompute=True)
+    lean = _phases(job, sizes, lessons, dtype, recompute=True)
+    blocks = reloadable(job, sizes, max(lean.values()))
+    phases["reloading the result"] = reloading(sizes, blocks)
+    name = max(phases, key=lambda phase: phases[phase])
+    trained, masked = _counts(job)
+    state = 12 * trained + 2 * masked  # values, moments; masks, signs
+    put_by = 4 * trained if regime.remember is not None else 0
+    return Estimate(
+        output_bytes=job.weight_bytes,
+        disk_bytes=job.weight_bytes + 2 * state + put_by,
+        peak_bytes=phases[name],
+        peak_phase=name,
+        seconds=_seconds(job, lessons, dtype, recompute=recompute),
+        limit_bytes=limit,
+        on_disk=False,
+        statistics_bytes=0,
+        reload_blocks=blocks,
+        recompute=recompute,
+    )
+
+
+def _counts(job: Job) -> tuple[int, int]:
+    """Parameters that are trained, and weights that have a mask."""
+    trained = sum(job.skeleton.get(name).numel() for name in job.subset.names)
+    return trained, sum(math.prod(linear.shape) for linear in job.linears.values())
+
+
+def _phases(job: Job, s: Sizes, lessons: Lessons, dtype: torch.dtype, *, recompute: bool) -> dict[str, int]:
+    """Peak bytes by phase."""
+    skeleton, regime = job.skeleton, job.method.regime()
+    trained, masked = _counts(job)
+    total = sum(skeleton.get(name).numel() for name in skeleton.pieces)
+    largest = max(skeleton.get(name).numel() for name in job.subset.names)
+    cast = dtype.itemsize * trained if dtype != torch.float32 else 0  # what autocast keeps of a pass
+    weights = (total - trained) * dtype.itemsize
+    config = skeleton.model.config.get_text_config()
+    tokens = -(-regime.batch // regime.parts) * lessons.tokens.shape[1]
+    hidden = tokens * config.hidden_size * dtype.itemsize
+    blocks = [
+        dtype.itemsize * tokens * sum(sum(linear.shape) for linear in block) + STATES * hidden for block in job.blocks
+    ]
+    activations = len(blocks) * hidden + max(blocks) if recompute else sum(blocks)
+    logits = LOGITS * 4 * tokens * config.vocab_size
+    held = s.base + weights + HELD * trained + 2 * masked  # masks and signs are bytes
+    return with_heap(
+        0,
+        {
+            "loading the model": held - 12 * trained + 4 * largest,
+            "training, forward and backward": held + cast + activations + logits,
+            "training, a step": held + STEPPING * largest,
+            "pruning": held - 12 * trained + PRUNING * s.weight_count,
+            "scoring": s.base + s.outside + 3 * s.logits,
+        },
+    )
+
+
+def _seconds(job: Job, lessons: Lessons, dtype: torch.dtype, *, recompute: bool) -> float:
+    """Arithmetic over measured speed, plus reading, writing and what is put by."""
+    regime, speed = job.method.regime(), speeds()
+    weights = sum(math.prod(linear.shape) for linear in job.linears.values())
+    config = job.skeleton.model.config.get_text_config()
+    passed = weights + config.hidden_size * config.vocab_size
+    tokens = regime.rounds * regime.steps * regime.batch * lessons.tokens.shape[1]
+    passes = FORWARD + BACKWARD + (FORWARD if recompute else 0)
+    held_out = (2 * regime.rounds + 1) * lessons.held_out.numel()
+    work = 2.0 * passed * (passes * tokens + held_out) / speed[str(dtype).removeprefix("torch.")]
+    trained, _ = _counts(job)
+    state = 12 * trained * regime.rounds
+    return SLACK * work + (2 * job.checkpoint.nbytes + 3 * job.weight_bytes + state) / BYTES_A_SECOND + 3.0
