@@ -6,6 +6,7 @@ from typing import Any
 
 from cli.render import duration, pairs, show, size
 from weightworks.report.sparsity import run_time, sparsity, weight_on_disk
+from weightworks.report.training import training
 
 
 def show_estimate(outcome: Any) -> None:
@@ -18,7 +19,7 @@ def show_estimate(outcome: Any) -> None:
         {
             "time": f"about {duration(costs.seconds)}",
             "peak memory": f"about {size(costs.peak_bytes)} ({costs.peak_phase}); allowed {size(costs.limit_bytes)}",
-            "activations": "on disk" if costs.on_disk else "in memory",
+            "activations": "on disk" if costs.on_disk else "recomputed" if costs.recompute else "in memory",
             "disk": f"{size(costs.disk_bytes)} while running",
             "output": f"{costs.output_bytes:,} bytes of weights",
         }
@@ -65,6 +66,8 @@ def worth(facts: dict[str, Any]) -> dict[str, str]:
         told["sparsity"] = sparsity(sizes)
         told["on disk"] = weight_on_disk(sizes)
         told["run time gain"] = run_time(facts["identity"]["options"])
+    if "training" in facts:
+        told["training"] = training(facts["training"])
     if "quantized_weights" in sizes:
         told["bits a weight"] = f"{sizes['bits_a_weight']:.3f} in {facts['tensors']['transformed']} quantized tensors"
     return told

@@ -87,6 +87,8 @@ def read_history(path: str) -> list[float]:
         else:
             points = list(enumerate(map(float, found), 1))
             last = len(points)
+        if not points:
+            raise ValueError("there are none")
         if not all(math.isfinite(rate) and rate >= 0 for _, rate in points):
             raise ValueError("a rate is negative or not finite")
         return list(_filled(points, last))

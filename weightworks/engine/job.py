@@ -31,7 +31,7 @@ from weightworks.store.checkpoint import MASKS, Checkpoint
 from weightworks.store.dense import DenseView
 from weightworks.store.formats import Format, find_format
 from weightworks.store.manifest import read_provenance
-from weightworks.store.masks import SUFFIX, mask_spec, pack_bits
+from weightworks.store.masks import SUFFIX, Masks, mask_spec, pack_bits
 from weightworks.store.packing import IntScheme, Quantized
 from weightworks.store.shards import planned_bytes
 from weightworks.store.tensorfile import TensorSpec
@@ -90,6 +90,11 @@ class Job:
         return {linear.tensor: linear for block in self.blocks for linear in block}
 
     @cached_property
+    def masks(self) -> Masks | None:
+        """The masks of what was pruned before."""
+        return Masks.of(self.checkpoint.root)
+
+    @cached_property
     def subset(self) -> Subset:
         """What a method that trains trains; nothing for another."""
         found: Subset = self.method.subset(self.skeleton) if hasattr(self.method, "subset") else Subset(())
@@ -134,6 +139,13 @@ class Job:
             raise MethodError(
                 f"{self.checkpoint.root}: nothing to do: no linear layer is left after --ignore",
                 hint=f"ignored: {', '.join(getattr(self.options, 'ignored', ()))}",
+            )
+        lost = [name for name in (self.masks.infos if self.masks else ()) if name not in self.linears]
+        if lost and hasattr(self.method, "subset"):
+            raise MethodError(
+                f"{self.label}: {len(lost)} weights that the model's masks say are pruned are left out by --ignore, and would "
+                f"be trained without: {', '.join(lost[:5])}",
+                hint="ignore others",
             )
         problems = self._misfits()
         if problems:

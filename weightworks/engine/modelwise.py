@@ -27,6 +27,7 @@ from weightworks.stage.training import Modelwise
 from weightworks.store.snapshot import Snapshot, write_snapshot
 from weightworks.store.writer import CheckpointWriter
 from weightworks.stream.lessons import Lessons
+from weightworks.stream.linears import turned
 from weightworks.stream.memory import release
 from weightworks.stream.skeleton import Skeleton
 from weightworks.stream.whole import Whole
@@ -67,6 +68,7 @@ class Training:
         if "trained" not in writer.steps:
             model = Whole(job.skeleton, job.view, job.linears, job.subset, self.dtype, job.device)
             model.load()
+            adopt_masks(job, model)
             try:
                 self._train(model)
                 self._write(model)
@@ -248,6 +250,15 @@ class Training:
             "held_out": {"before": self.rounds[0]["held_out_before"], "after": self.rounds[-1]["held_out_after"]},
             "rounds": rounds,
         }
+
+
+def adopt_masks(job: Job, model: Whole) -> None:
+    """Give the model the masks that its folder has: what was pruned before stays so."""
+    if job.masks is not None:
+        for name in job.masks.infos:
+            linear = job.linears[name]
+            mask = job.masks.read(name, job.checkpoint.info(name).shape)
+            model.mask(name).copy_(turned(mask, linear))
 
 
 def curve(losses: Sequence[float], points: int = CURVE) -> list[float]:

@@ -265,11 +265,15 @@ def resolved(job: Job, calibration: Calibration | None, dtype: torch.dtype) -> d
     facts.update(job.options.resolved())
     if calibration is not None:
         windows, length = calibration.tokens.shape
-        facts["calibration"] = f"{windows} windows of {length} tokens from {calibration.source}"
+        what = "training_text" if isinstance(calibration, Lessons) else "calibration"
+        facts[what] = f"{windows} windows of {length} tokens from {calibration.source}"
+        if isinstance(calibration, Lessons):
+            windows += (held := calibration.held_out.shape[0])
+            facts[what] += f", {held} more to measure the loss on"
         if windows < calibration.requested:
-            facts["calibration"] += f" (asked for {calibration.requested}, the text has no more)"
+            facts[what] += f" (asked for {calibration.requested}, the text has no more)"
         if length < job.settings.seq_len:
-            facts["calibration"] += f" (asked for {job.settings.seq_len} tokens, the model takes no more)"
+            facts[what] += f" (asked for {job.settings.seq_len} tokens, the model takes no more)"
         facts["dtype"] = str(dtype).removeprefix("torch.")
     facts.update(seed=job.settings.seed, device=str(job.device))
     return facts | ({"note": remarks} if (remarks := job.checkpoint.remarks) else {})

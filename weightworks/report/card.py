@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from weightworks.report.sparsity import run_time, sparsity, weight_on_disk
+from weightworks.report.training import training
 from weightworks.store.checkpoint import Checkpoint
 
 TEMPLATE = """---
@@ -54,9 +55,12 @@ def model_card(source: Checkpoint, name: str, provenance: dict[str, Any], dequan
         rows.append(
             ("perplexity on the built-in check text", f"{quality['dense']:.3f} before, {quality['result']:.3f} after")
         )
+    if "training" in provenance:
+        rows.append(("training", training(provenance["training"])))
     if provenance.get("calibration"):
         facts = provenance["calibration"]
-        rows.append(("calibration", f"{facts['source']}, {facts['windows']} windows of {facts['seq_len']} tokens"))
+        what = "training text" if "training" in provenance else "calibration"
+        rows.append((what, f"{facts['source']}, {facts['windows']} windows of {facts['seq_len']} tokens"))
     rows.append(("checked with", provenance["checks"]["loader"]))
     if "quantized_weights" in size:
         rows.append(("format", str(options.get("format"))))

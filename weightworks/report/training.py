@@ -1,0 +1,17 @@
+"""What a training came to, in words: for the terminal and for the model card."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+
+def training(facts: Mapping[str, Any]) -> str:
+    """How much was trained, for how long, and what the loss on held-out text was before and after."""
+    rounds = len(facts["rounds"])
+    how_long = f"{facts['steps']} steps" + (f" in {rounds} rounds" if rounds > 1 else "")
+    losses = facts["held_out"]
+    return (
+        f"{facts['trained_parameters']:,} parameters ({facts['trained_share']:.2%} of the model), {how_long} on "
+        f"{facts['tokens']:,} tokens; loss on held-out windows {losses['before']:.4f} before, {losses['after']:.4f} after"
+    )
