@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Sequence
 
 import torch
 
@@ -19,12 +21,13 @@ from weightworks.engine.estimate import (
 from weightworks.engine.job import Job
 from weightworks.engine.machine import free_memory, resident, speeds
 from weightworks.stream.lessons import Lessons
+from weightworks.stream.linears import Linear
 
 HELD = 16  # bytes a trained parameter: the value, its gradient, two moments
 STEPPING = 12  # bytes a parameter of the largest while AdamW works on it
 PRUNING = 24  # bytes a weight of the largest while it is pruned: scores, copies to sort, masks
-LOGITS = 5  # tensors of the size of a part's logits, in float32, that a gradient takes
-STATES = 12  # of the size of its hidden states that a block keeps, beside inputs and outputs of its linears
+LOGITS = 3  # tensors of the size of a part's logits, in float32, that a gradient takes
+STATES = 4  # of the size of its hidden states that a block keeps, beside inputs and outputs of its linears
 FORWARD, BACKWARD = 1, 2  # arithmetic of the passes, in forward passes
 
 
@@ -75,9 +78,8 @@ def _phases(job: Job, s: Sizes, lessons: Lessons, dtype: torch.dtype, *, recompu
     config = skeleton.model.config.get_text_config()
     tokens = -(-regime.batch // regime.parts) * lessons.tokens.shape[1]
     hidden = tokens * config.hidden_size * dtype.itemsize
-    blocks = [
-        dtype.itemsize * tokens * sum(sum(linear.shape) for linear in block) + STATES * hidden for block in job.blocks
-    ]
+    experts = getattr(config, "num_experts_per_tok", None) or 1
+    blocks = [dtype.itemsize * tokens * kept_elements(block, experts) + STATES * hidden for block in job.blocks]
     activations = len(blocks) * hidden + max(blocks) if recompute else sum(blocks)
     logits = LOGITS * 4 * tokens * config.vocab_size
     held = s.base + weights + HELD * trained + 2 * masked  # masks and signs are bytes
@@ -91,6 +93,23 @@ def _phases(job: Job, s: Sizes, lessons: Lessons, dtype: torch.dtype, *, recompu
             "scoring": s.base + s.outside + 3 * s.logits,
         },
     )
+
+
+def kept_elements(block: Sequence[Linear], experts: int) -> int:
+    """Elements a token that a backward pass needs of the linears of a block: their outputs, and each input once.
+
+    Of linears that are alike but for a number, experts, a token passes ``experts``.
+    """
+    alike: dict[str, list[Linear]] = {}
+    for linear in block:
+        expert = "" if linear.piece.expert is None else f".{linear.piece.part}"
+        alike.setdefault(re.sub(r"\.\d+(?=\.)", ".*", linear.parameter) + expert, []).append(linear)
+    outputs, inputs = 0, {}
+    for name, group in alike.items():
+        times = min(experts, len(group))
+        outputs += times * group[0].shape[0]
+        inputs[name.rpartition(".")[0].rpartition(".")[0], group[0].shape[1]] = times * group[0].shape[1]
+    return outputs + sum(inputs.values())
 
 
 def _seconds(job: Job, lessons: Lessons, dtype: torch.dtype, *, recompute: bool) -> float:
