@@ -1,7 +1,8 @@
-"""Quantizes a checkpoint several times larger than the memory the process may have.
+"""Quantizes a checkpoint several times larger than the memory the process may have, or merges several.
 
     sudo python benchmarks/larger_than_memory.py --limit 1GiB --times 4
     python benchmarks/larger_than_memory.py --times 4 -- --max-memory 1GiB     what follows -- goes to compress quantize
+    sudo python benchmarks/larger_than_memory.py --merge ties --models 8 --limit 512MiB --times 10     a base and 8 models
 
 As root the limit is that of a control group of its own (version 2: memory.max without swap; version 1:
 memory.limit_in_bytes): it covers page cache and children, and the kernel kills what goes beyond. Otherwise it is
@@ -25,6 +26,7 @@ from pathlib import Path
 
 from _measure import Usage, folder_bytes, note, parse_bytes, run, save_json, table
 from _ours import Settings, Windows, fresh, make_checkpoint, quantize_command, work_folder
+from weightworks.stage import catalog
 
 CGROUPS = Path("/sys/fs/cgroup")
 
@@ -120,7 +122,16 @@ def layers_for(wanted: int, hidden: int) -> int:
     return max(1, math.ceil((wanted - embedding) / layer))
 
 
-def quantize_inside(limit: int, command: list[str | Path]) -> tuple[Usage, str, int | None]:
+def merge_command(method: str, folders: list[Path], out: Path, extra: list[str]) -> list[str | Path]:
+    """Merge ``folders``; the first is the base, or a model like the others where there is none."""
+    base, *models = folders
+    based = catalog.find("merge", method).load().Method.BASE == "required"
+    inputs: list[str | Path] = [*models, "--base", base] if based else [*folders]
+    program = "import sys; from cli.merge_app import main; main()"
+    return [sys.executable, "-c", program, method.replace("_", "-"), *inputs, "-o", out, "-q", *extra]
+
+
+def run_inside(limit: int, command: list[str | Path]) -> tuple[Usage, str, int | None]:
     """Run ``command`` under ``limit``: what it cost, the kind of limit, the peak that counts against it."""
     with fence(limit) as made:
         # The shell enters the limit, then becomes the command, so nothing runs outside.
@@ -134,6 +145,8 @@ def main() -> None:
     parser.add_argument("--limit", type=parse_bytes, default=parse_bytes("1GiB"), metavar="SIZE")
     parser.add_argument("--times", type=float, default=4, help="size of the checkpoint in limits (default 4)")
     parser.add_argument("--hidden", type=int, default=1024)
+    parser.add_argument("--merge", metavar="METHOD", help="merge models by this method; --times is of all together")
+    parser.add_argument("--models", type=int, default=8, help="merge: how many, beside a base (default 8)")
     parser.add_argument("--method", default="gptq")
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--group-size", type=int, default=128)
@@ -141,25 +154,30 @@ def main() -> None:
     parser.add_argument("--seq-len", type=int, default=256)
     parser.add_argument("--work", type=Path, help="keep checkpoint and output in this folder")
     parser.add_argument("--json", type=Path, metavar="FILE")
-    parser.add_argument("extra", nargs="*", help="after --: more options for compress quantize")
+    parser.add_argument("extra", nargs="*", help="after --: more options for compress quantize, or merge")
     args = parser.parse_args()
-    layers = layers_for(int(args.limit * args.times), args.hidden)
+    count = args.models + 1 if args.merge else 1
+    layers = layers_for(int(args.limit * args.times / count), args.hidden)
     with work_folder(args.work) as work:
-        model, out = work / f"model-{layers}x{args.hidden}", fresh(work / "out")
-        if not model.exists():
-            make_checkpoint(model, layers=layers, hidden=args.hidden)
-        settings = Settings(args.method, args.bits, args.group_size)
-        windows = Windows("builtin", args.num_samples, args.seq_len)
-        command = quantize_command(model, out, settings, windows, extra=args.extra)
-        note(f"quantizing {folder_bytes(model) / 2**30:.2f} GiB under {args.limit / 2**30:.2f} GiB")
-        usage, kind, peak = quantize_inside(args.limit, command)
-        size = folder_bytes(model)
+        models, out = [work / f"model-{layers}x{args.hidden}-{number}" for number in range(count)], fresh(work / "out")
+        for number, model in enumerate(models):
+            if not model.exists():
+                make_checkpoint(model, layers=layers, hidden=args.hidden, extra=["--seed", str(number)])
+        size = sum(map(folder_bytes, models))
+        if args.merge:
+            command = merge_command(args.merge, models, out, args.extra)
+        else:
+            settings = Settings(args.method, args.bits, args.group_size)
+            windows = Windows("builtin", args.num_samples, args.seq_len)
+            command = quantize_command(models[0], out, settings, windows, extra=args.extra)
+        note(f"{size / 2**30:.2f} GiB under {args.limit / 2**30:.2f} GiB")
+        usage, kind, peak = run_inside(args.limit, command)
         made = folder_bytes(out) if out.is_dir() else 0
     done = usage.exit_code == 0 and made > 0
     result = "done" if done else f"failed, exit code {usage.exit_code}" + (" (killed)" if usage.exit_code == -9 else "")
     sizes = {
         "limit": args.limit,
-        "checkpoint": size,
+        "inputs": size,
         "peak against the limit": peak,
         "peak resident": usage.peak_bytes,
         "output": made,
@@ -170,7 +188,8 @@ def main() -> None:
         ["wall s", f"{usage.wall_seconds:.0f}", ""],
         ["result", result, ""],
     ]
-    table(f"{args.method}, {layers} layers of hidden {args.hidden}, limit by {kind}", ["", "", "of limit"], rows)
+    what = f"{args.merge} of {count - 1} and a base" if args.merge else args.method
+    table(f"{what}, {layers} layers of hidden {args.hidden}, limit by {kind}", ["", "", "of limit"], rows)
     figures = {"limit_kind": kind, "limit_bytes": args.limit, "checkpoint_bytes": size, "limit_peak_bytes": peak}
     save_json(args.json, {**figures, "output_bytes": made, "layers": layers, "result": result, **usage.figures()})
     if not done:

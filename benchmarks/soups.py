@@ -86,13 +86,16 @@ class Bench:
             for one, folder in (("expert-math", math), ("expert-code", code))
         ]
         rows.append(("expert-code, units moved", self.score(moved, ["math", "code"])))
-        for what, inputs, align in (
-            ("average of both", [math, code], False),
-            ("average of math and the moved one", [math, moved], False),
-            ("the same, aligned", [math, moved], True),
+        for what, inputs, options in (
+            ("average of both", [math, code], {}),
+            ("average of both, renormalised", [math, code], {"renormalise": "builtin"}),
+            ("average of math and the moved one", [math, moved], {}),
+            ("the same, renormalised", [math, moved], {"renormalise": "builtin"}),
+            ("the same, aligned and renormalised", [math, moved], {"align": True, "renormalise": "builtin"}),
+            ("the same, aligned", [math, moved], {"align": True}),
         ):
             note(what)
-            folder, provenance = self.make(inputs, align=align)
+            folder, provenance = self.make(inputs, **options)
             rows.append((what, self.score(folder, ["math", "code"])))
         gains = [row["gain"] for row in provenance["alignment"]["models"][str(moved)]]
         found = [

@@ -124,7 +124,8 @@ def look(job: MergeJob, part: Part) -> Figures:
 def half_ulp(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Half the distance to the next value of ``dtype``, for float32 ``values``: a change below it is rounded away."""
     digits = {torch.bfloat16: 8, torch.float16: 11, torch.float32: 24}.get(dtype, 24)
-    return torch.exp2(torch.floor(torch.log2(values.abs().clamp(min=1e-30))) - digits)
+    exponent = values.abs().clamp(min=1e-30).view(torch.int32) & 0x7F800000  # of a float32, the rest of its bits zero
+    return exponent.view(torch.float32) * 2.0**-digits
 
 
 def stretches(shape: Sequence[int]) -> list[tuple[int, int]]:

@@ -32,6 +32,7 @@ from weightworks.store.statistics import Statistics
 from weightworks.store.tensorfile import TensorSpec
 from weightworks.store.tokenizerfile import SLOW, extended, extended_config
 from weightworks.store.vocabulary import Alignment, Reader
+from weightworks.store.writer import count_not_finite
 
 COSMETIC = {  # entries of a configuration that say nothing of what the weights mean
     "_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache", "bos_token_id",
@@ -183,18 +184,22 @@ class MergeJob:
 
     def read(self, item: Input, name: str, start: int, stop: int) -> torch.Tensor:
         """Rows of an input's tensor in float32 [rows, ...], checked for NaN and infinity."""
-        spec = item.tensors[name]
-        if spec.shape:
-            rows = item.reader.read_rows(name, start, stop, torch.float32)
+        return self.stored(item, name, start, stop).to(self.device, torch.float32)
+
+    def stored(self, item: Input, name: str, start: int, stop: int) -> torch.Tensor:
+        """The same as the file has them; of a view, which computes its rows, in float32."""
+        plain = item.reader is item.checkpoint and item.checkpoint.as_stored
+        dtype = None if plain else torch.float32
+        if item.tensors[name].shape:
+            rows = item.reader.read_rows(name, start, stop, dtype)
         else:
-            rows = item.reader.read(name, torch.float32).reshape(1)
-        if not torch.isfinite(rows.sum()) and not torch.isfinite(rows).all():
-            bad = int((~torch.isfinite(rows)).sum())
+            rows = item.reader.read(name, dtype).reshape(1)
+        if bad := count_not_finite(rows):
             raise NotFiniteError(
                 f"tensor '{name}' of {item.name} holds {bad} NaN or infinite values",
                 hint="repair or leave out this model",
             )
-        return rows.to(self.device)
+        return rows
 
     def whole(self, asking: Any, part: Part) -> bool:
         """Whether a survey or the method wants a tensor in one slab; one that reads statistics, only those that have them."""

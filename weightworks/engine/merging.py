@@ -18,7 +18,7 @@ import torch
 from weightworks.engine.diagnosis import Diagnosis, stretches
 from weightworks.engine.earlier import STATE_PREFIX
 from weightworks.engine.machine import one_thread
-from weightworks.engine.mergejob import MergeJob
+from weightworks.engine.mergejob import Input, MergeJob
 from weightworks.engine.mergeplan import Part
 from weightworks.errors import MethodError, VerificationError
 from weightworks.stage.merging import STATE, Slab, Survey
@@ -26,6 +26,7 @@ from weightworks.store.writer import CheckpointWriter
 
 JOURNAL_BYTES = 256 << 20  # of output between two journal entries: little is lost, the disk is not kept waiting
 SLAB = 1 << 16  # elements of a slab to be merged: what is done to it in several steps stays in the processor's cache
+AHEAD = 1 << 18  # elements that are read of a file at a time
 LOOK = 1 << 20  # of a slab that is surveyed: its figures, such as histograms, are large beside fewer
 HELD = 1 << 26  # elements of all inputs' slabs together
 NOTED = 1 << 12  # numbers that sums may have to be journalled before a survey is over
@@ -42,17 +43,50 @@ def slab_rows(shape: tuple[int, ...], inputs: int, most: int = SLAB) -> int:
     return max(1, min(most, HELD // (inputs + 2)) // max(row, 1))
 
 
+@dataclass(frozen=True)
+class Correction:
+    """What rows of a merged weight [out, in] are multiplied by, float32 [out], and what is added to them then, for biases.
+    ``transposed``: the tensor is stored as [in, out]."""
+
+    scale: torch.Tensor
+    shift: torch.Tensor | None = None
+    transposed: bool = False
+
+    @classmethod
+    def of(cls, facts: Mapping[str, Any]) -> Correction:
+        """From what :meth:`facts` gave."""
+        scale, shift = (None if facts[key] is None else torch.tensor(facts[key]) for key in ("scale", "shift"))
+        assert scale is not None
+        return cls(scale, shift, facts["transposed"])
+
+    def facts(self) -> dict[str, Any]:
+        """As JSON-compatible data, exactly."""
+        shift = None if self.shift is None else self.shift.tolist()
+        return {"scale": self.scale.tolist(), "shift": shift, "transposed": self.transposed}
+
+    def made(self, rows: torch.Tensor, start: int = 0) -> torch.Tensor:
+        """Rows ``start:`` of the stored tensor, corrected."""
+        if self.transposed:
+            return rows * self.scale.to(rows.device)
+        stop = start + rows.shape[0]
+        scale = self.scale[start:stop].to(rows.device).view(-1, *[1] * (rows.dim() - 1))
+        return rows * scale if self.shift is None else rows * scale + self.shift[start:stop].to(rows.device)
+
+
 class Merging:
-    """A merge on its way."""
+    """A merge on its way. ``corrections``, by tensor, are made of what the method makes."""
 
     def __init__(self, job: MergeJob, writer: CheckpointWriter, diagnosis: Diagnosis, fitted: Any = None) -> None:
         self.job, self.writer, self.diagnosis, self.fitted = job, writer, diagnosis, fitted
         self.merged = job.merged
+        self.corrections: dict[str, Correction] = {}
+        self.surveyed: dict[int, Any] = {}  # what each method concluded, by its id
+        self.found: Any = None  # what the merge's own method concluded
 
     def run(self) -> list[dict[str, Any]]:
         """Survey, merge and write all parts; returns the report's rows. What the journal has is not done again."""
         job, writer = self.job, self.writer
-        found = {id(method): self._survey(number, method) for number, method in enumerate(self._methods())}
+        self.survey()
         finished = {row["tensor"] for facts in writer.steps.values() for row in facts.get("rows", [])}
         names = [part.spec.name for part in job.parts]
         if finished:
@@ -61,14 +95,19 @@ class Merging:
         with self._workers(*((part.method, part) for part in self.merged)) as workers:
             for batch in batches([part for part in job.parts if part.spec.name not in finished]):
                 rows = []
-                for row in workers(lambda part: self._part(part, found), batch):
+                for row in workers(self._part, batch):
                     rows.append(row)
                     job.progress.step(row["tensor"])
                 writer.done(f"tensors to {batch[-1].spec.name}", {"rows": rows})
         job.progress.end()
-        self.found = found.get(id(job.method))
         rows = [row for facts in writer.steps.values() for row in facts.get("rows", [])]
         return [row for row in rows if row["method"] != "copied"]
+
+    def survey(self) -> None:
+        """Have every method see what it wants of the whole models, unless it has."""
+        if not self.surveyed:
+            self.surveyed = {id(method): self._survey(number, method) for number, method in enumerate(self._methods())}
+            self.found = self.surveyed.get(id(self.job.method))
 
     @contextmanager
     def _workers(self, *work: tuple[Any, Part]) -> Iterator[Callable[..., Iterator[Any]]]:
@@ -86,13 +125,13 @@ class Merging:
             finally:
                 pool.shutdown(cancel_futures=True)
 
-    def _part(self, part: Part, found: Mapping[int, Any]) -> dict[str, Any]:
+    def _part(self, part: Part) -> dict[str, Any]:
         """Make one tensor; returns the report's line on it."""
         with torch.no_grad():
             if part.method is None:
                 self._copy(part)
                 return {"tensor": part.spec.name, "method": "copied"}
-            self._merge(part, found[id(part.method)])
+            self._merge(part)
             return self._row(part)
 
     def _methods(self) -> list[Any]:
@@ -159,22 +198,31 @@ class Merging:
 
     # Tensors.
 
-    def _merge(self, part: Part, found: Any) -> None:
+    def made(self, part: Part) -> Iterator[torch.Tensor]:
+        """A tensor as its method makes it, some rows at a time, in float32."""
+        found = self.surveyed[id(part.method)]
         for survey in surveys_of(part.method, "tensor"):
             found = survey.conclude(self._look(part, survey, found), found)
-        shape, dtype = part.spec.shape, part.spec.dtype
-        with self.writer.filling(part.spec.name, shape, dtype) as append:
-            for slab in self._slabs(part, part.method):
-                expected = slab.models[0].shape
-                result = part.method.merge(slab, found)  # type: ignore[union-attr]
-                if result.shape != expected:
-                    raise VerificationError(
-                        f"{self.job.label} made {list(result.shape)} of '{slab.name}', expected {list(expected)}"
-                    )
+        for slab in self._slabs(part, part.method):
+            expected = slab.models[0].shape
+            result = part.method.merge(slab, found)  # type: ignore[union-attr]
+            if result.shape != expected:
+                raise VerificationError(
+                    f"{self.job.label} made {list(result.shape)} of '{slab.name}', expected {list(expected)}"
+                )
+            yield result
+
+    def _merge(self, part: Part) -> None:
+        name, shape, dtype = part.spec.name, part.spec.shape, part.spec.dtype
+        correction, start = self.corrections.get(name), 0
+        with self.writer.filling(name, shape, dtype) as append:
+            for made in self.made(part):
+                result = made if correction is None else correction.made(made, start)
+                start += made.shape[0]
                 stored = result.to(dtype)
                 if dtype == torch.float16 and not torch.isfinite(stored).all() and torch.isfinite(result).all():
                     raise MethodError(
-                        f"tensor '{slab.name}' has values beyond float16's 65504", hint="pass --out-dtype bfloat16"
+                        f"tensor '{name}' has values beyond float16's 65504", hint="pass --out-dtype bfloat16"
                     )
                 append(stored.cpu().contiguous().reshape(shape) if not shape else stored.cpu().contiguous())
 
@@ -245,20 +293,42 @@ def slabs(
     """The slabs of one tensor that a survey or the method asks for, in order of rows; ``state`` gives what a survey kept of
     its rows."""
 
-    def rows(number: int, tensor: str, base: torch.Tensor | None) -> torch.Tensor:
-        """Rows of a model; where it lacks the tensor, the base stands for it."""
-        item = job.models[number]
-        return job.read(item, tensor, start, stop) if tensor in item.tensors or base is None else base.clone()
-
     shape = part.spec.shape or (1,)
-    step = shape[0] if job.whole(asking, part) else slab_rows(shape, len(part.models), most)
+    step = max(1, shape[0] if job.whole(asking, part) else slab_rows(shape, len(part.models), most))
+    ahead = max(step, slab_rows(shape, len(part.models), AHEAD) // step * step)
     keys = ContentKeys(job, part)
-    for start in range(0, shape[0], max(step, 1)):
+    held = None if job.base is None or part.base is None else Ahead(job, job.base, part.base, ahead)
+    readers = [
+        Ahead(job, job.models[number], tensor, ahead) if held is None or tensor in job.models[number].tensors else held
+        for number, tensor in part.models  # where a model lacks the tensor, the base stands for it
+    ]
+    for start in range(0, shape[0], step):
         stop = min(start + step, shape[0])
-        base = None if job.base is None or part.base is None else job.read(job.base, part.base, start, stop)
-        models = tuple(rows(number, tensor, base) for number, tensor in part.models)
+        base = None if held is None else held.rows(start, stop)
+        models = tuple(reader.rows(start, stop) for reader in readers)
         kept, side = state(part, start, stop), job.side_of(part, start, stop)
         yield Slab(part.spec.name, shape, start, models, base, keys, job.settings.seed, kept, side)
+
+
+@dataclass
+class Ahead:
+    """A tensor of an input read in stretches of ``step`` rows, given in pieces of them that the cache can hold."""
+
+    job: MergeJob
+    item: Input
+    name: str
+    step: int
+    begin: int = 0
+    held: torch.Tensor | None = None
+
+    def rows(self, start: int, stop: int) -> torch.Tensor:
+        """Rows in float32, the caller's own; ``start`` and ``stop`` are within one stretch."""
+        if self.held is None or not self.begin <= start < self.begin + self.step:
+            self.begin = start // self.step * self.step
+            end = min(self.begin + self.step, (self.item.tensors[self.name].shape or (1,))[0])
+            self.held = self.job.stored(self.item, self.name, self.begin, end)
+        piece = self.held[start - self.begin : stop - self.begin]
+        return piece.to(self.job.device, torch.float32, copy=True)
 
 
 @dataclass(frozen=True)

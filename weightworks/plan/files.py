@@ -17,6 +17,9 @@ def missing(entry: catalog.Entry, options: Mapping[str, Any], settings: Mapping[
     dataset = settings.get("dataset", "builtin")
     if hasattr(module.Method, "watch") and is_text_file(dataset) and not Path(dataset).expanduser().is_file():
         yield "dataset", f"{entry.label}: 'dataset': {dataset}: no such file"
+    text = options.get("renormalise")
+    if isinstance(text, str) and is_text_file(text) and not Path(text).expanduser().is_file():
+        yield "renormalise", f"{entry.label}: 'renormalise': {text}: no such file"
     if hasattr(module.Method, "files"):
         try:
             module.Method(module.Options(**options)).files()

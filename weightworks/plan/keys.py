@@ -88,6 +88,8 @@ def material(stage: Stage, inputs: Mapping[str, Any], digests: Digests) -> dict[
         facts["distribution"] = distribution
     if watches:
         facts["calibration"] = calibration(settings.dataset, digests)
+    if text := getattr(options, "renormalise", None):
+        facts["calibration"] = calibration(text, digests)
     if hasattr(method, "files"):
         facts["files"] = {str(path): digests.file(path) for path in method.files()}
     return facts

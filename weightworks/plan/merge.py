@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from weightworks.engine.merging import LOOK, Merging, slab_rows, surveys_of
 from weightworks.engine.side import matrix_bytes
 from weightworks.errors import ResourceError, WeightworksError
 from weightworks.plan.heldout import costs, digests, fit, held_out
+from weightworks.plan.renormalising import Renormalising
 from weightworks.plan.stage import Outcome, finished, keep_inputs, log_path, short_name
 from weightworks.plan.texts import check_windows, stored_dtype
 from weightworks.plan.tying import alike
@@ -109,7 +111,7 @@ def carry_out(
     target, settings = job.target, job.settings
     job.texts()  # what tokenizer cannot be made is refused now
     wanted = held_out(job)
-    texts = digests(wanted)
+    texts = digests(wanted) | Renormalising(job).digests()
     diagnosis = None if wanted or (job.options.align and not dry_run) else diagnose(job)
     if diagnosis is not None or dry_run:
         announce(resolved(job, diagnosis or Diagnosis()))
@@ -160,6 +162,8 @@ def execute(
             diagnosis = diagnose(job)
             announce(resolved(job, diagnosis))
         merging = Merging(job, writer, diagnosis, fitted)
+        if renormalising := Renormalising(job):
+            facts["renormalisation"] = renormalising.run(writer, merging)
         rows = merging.run()
         files = seal(job, writer, job.texts(), job.untrue)
         if job.vocabulary is not None:
@@ -221,7 +225,7 @@ def check(job: MergeJob, staged: Checkpoint) -> tuple[dict[str, Any], dict[str, 
     else:
         dense = stream_perplexity(job, DenseView(compared), probe)
     quality = {"dense": dense, "result": result}
-    blocks = len(job.skeleton.blocks) if parameters <= LOADED else 1
+    blocks = len(job.skeleton.blocks) if whole_fits(job) else 1
     partial = result if blocks == len(job.skeleton.blocks) else None
     checks = verify(job, staged, probe, {"result": result, "partial": partial}, blocks)
     return {**checks, "check_text": list(probe.shape)}, quality
@@ -246,6 +250,8 @@ def estimate(job: MergeJob) -> Estimate:
         phases["checking the result"] = _loading(job)
     if job.options.align:
         phases["aligning"] = aligning_bytes(job) + _loading(job)
+    if renormalising := Renormalising(job):
+        phases["renormalising"] = _loading(job) + renormalising.states_bytes()
     choosing = 0.0
     if (wanted := held_out(job)) is not None:
         models_held, choosing = costs(job, wanted)
@@ -267,21 +273,33 @@ def estimate(job: MergeJob) -> Estimate:
     )
 
 
+def whole_fits(job: MergeJob) -> bool:
+    """Whether the check loads the whole result: it is small, and there is the memory; else its first block."""
+    outside, blocks, _ = _amounts(job)
+    limit = job.settings.memory_limit or free_memory() + resident()
+    return outside + sum(blocks) <= LOADED and resident() + RUNTIME_BYTES + _bytes(job, sum(blocks)) <= limit
+
+
 def _loading(job: MergeJob) -> int:
-    """Bytes that the check of the result takes: what is outside the blocks and one block, in float32 and as stored."""
-    blocks: dict[str, int] = {}
-    outside = 0
-    for part in job.parts:
-        count = part.spec.nbytes // part.spec.dtype.itemsize
-        found = re.match(r"(.*?\.\d+)\.", part.spec.name)
-        if found:
-            blocks[found.group(1)] = blocks.get(found.group(1), 0) + count
-        else:
-            outside += count
-    held = sum(blocks.values()) if outside + sum(blocks.values()) <= LOADED else max(blocks.values(), default=0)
-    return 6 * (outside + held) + 4 * max(
-        (part.spec.nbytes // part.spec.dtype.itemsize for part in job.parts), default=0
-    )
+    """Bytes that the check of the result takes."""
+    _, blocks, _ = _amounts(job)
+    return _bytes(job, sum(blocks) if whole_fits(job) else max(blocks, default=0))
+
+
+def _bytes(job: MergeJob, held: int) -> int:
+    """Bytes of ``held`` weights of blocks and of those outside, in float32 and as stored, and of a tensor on its way."""
+    outside, _, largest = _amounts(job)
+    return 6 * (outside + held) + 4 * largest
+
+
+def _amounts(job: MergeJob) -> tuple[int, list[int], int]:
+    """How many weights are outside the blocks, in each block, and in the largest tensor."""
+    counts = {part.spec.name: part.spec.nbytes // part.spec.dtype.itemsize for part in job.parts}
+    blocks: Counter[str] = Counter()
+    for name, count in counts.items():
+        found = re.match(r"(.*?\.\d+)\.", name)
+        blocks[found.group(1) if found else ""] += count
+    return blocks.pop("", 0), list(blocks.values()), max(counts.values(), default=0)
 
 
 def sizes(job: MergeJob) -> dict[str, Any]:

@@ -107,6 +107,8 @@ def merge_card(models: Sequence[Checkpoint], base: Checkpoint | None, name: str,
         rows += _chosen(selection, members)
     if (alignment := provenance.get("alignment")) is not None:
         rows.append(("units aligned", _aligned(alignment)))
+    if (renormalised := provenance.get("renormalisation")) is not None:
+        rows.append(("rows renormalised", _renormalised(renormalised)))
     if quality:
         before = f"{quality['dense']:.3f} for `{base.name if base else members[0]}`, "
         rows.append(("perplexity on the built-in check text", f"{before}{quality['result']:.3f} merged"))
@@ -196,6 +198,15 @@ def _aligned(alignment: Mapping[str, Any]) -> str:
     moved = [row["gain"] for row in parts if row["gain"] >= alignment["least_gain"]]
     gains = f", nearer by a cosine of up to {max(moved):.3f}" if moved else "; no other order was nearer"
     return f"in {len(moved)} of {len(parts)} parts of blocks{gains}"
+
+
+def _renormalised(facts: Mapping[str, Any]) -> str:
+    """On what, and how far rows were scaled."""
+    rows = facts["factors"].values()
+    least, greatest = (
+        pick((row[key] for row in rows), default=1.0) for pick, key in ((min, "least"), (max, "greatest"))
+    )
+    return f"on {facts['text']['source']}, by {least:.3f} to {greatest:.3f}"
 
 
 def _figure(value: float | None) -> str:

@@ -69,6 +69,10 @@ class MergeOptions(PerModelOptions):
     align: bool = Field(
         False, description="first put units and heads of each model in the order that fits the base, or the first model"
     )
+    renormalise: str | None = Field(
+        None,
+        description="a text, or builtin: scale rows so that layers' outputs vary on it as those of the models do (REPAIR)",
+    )
     check: Literal["full", "files"] = Field(
         "full", description="before publishing: full loads the result with stock transformers, files reads it back"
     )
