@@ -19,7 +19,7 @@ from weightworks.store.dense import DenseView
 from weightworks.store.masks import Masks
 from weightworks.stream.linears import block_linears
 from weightworks.stream.skeleton import build
-from weightworks.stream.whole import Whole
+from weightworks.stream.whole import Outline, Whole
 from weightworks.testing.tiny import CALIBRATION_TEXT, make_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -42,7 +42,8 @@ def whole(folder: Path, options: Options) -> Whole:
     dtypes = {name: info.dtype for name, info in view.checkpoint.tensors.items()}
     blocks = range(len(skeleton.blocks))
     linears = {one.tensor: one for index in blocks for one in block_linears(skeleton, index, dtypes)[0]}
-    model = Whole(skeleton, view, linears, Method(options).subset(skeleton), torch.float32, CPU)
+    subset = Method(options).subset(Outline(skeleton, linears, None))
+    model = Whole(skeleton, view, linears, subset, torch.float32, CPU)
     model.load()
     return model
 

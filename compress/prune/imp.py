@@ -27,8 +27,7 @@ from weightworks.stage.protocols import Survey, Target
 from weightworks.stage.training import Regime
 
 if TYPE_CHECKING:
-    from weightworks.stream.skeleton import Skeleton
-    from weightworks.stream.whole import Subset, Whole
+    from weightworks.stream.whole import Outline, Subset, Whole
 
 PAPER = (
     "Han et al. 2015, arXiv:1506.02626; Renda et al. 2020, arXiv:2003.02389; Gadhikar & Burkholz 2024, arXiv:2402.19262"
@@ -116,10 +115,10 @@ class Method:
         options = self.options
         return options.regime(rounds=len(options.densities), remember=options.rewind_step)
 
-    def subset(self, skeleton: Skeleton) -> Subset:
+    def subset(self, outline: Outline) -> Subset:
         from weightworks.stream.whole import Subset
 
-        return Subset(tuple(skeleton.learnable))
+        return Subset(tuple(outline.skeleton.learnable))
 
     def begin(self, number: int, model: Whole) -> dict[str, Any]:
         if number == 0:

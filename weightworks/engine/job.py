@@ -35,9 +35,9 @@ from weightworks.store.masks import SUFFIX, Masks, mask_spec, pack_bits
 from weightworks.store.packing import IntScheme, Quantized
 from weightworks.store.shards import planned_bytes
 from weightworks.store.tensorfile import TensorSpec
-from weightworks.stream.linears import Linear, block_linears
+from weightworks.stream.linears import Linear, block_linears, head_linear
 from weightworks.stream.skeleton import Skeleton, build
-from weightworks.stream.whole import Subset
+from weightworks.stream.whole import Outline, Subset
 
 NUMERIC = ("torch", "numpy", "scipy", "transformers", "safetensors")  # versions that may change a bit of the output
 
@@ -95,9 +95,15 @@ class Job:
         return Masks.of(self.checkpoint.root)
 
     @cached_property
+    def outline(self) -> Outline:
+        """What there is to train."""
+        dtypes = {name: info.dtype for name, info in self.checkpoint.tensors.items()}
+        return Outline(self.skeleton, self.linears, head_linear(self.skeleton, dtypes))
+
+    @cached_property
     def subset(self) -> Subset:
         """What a method that trains trains; nothing for another."""
-        found: Subset = self.method.subset(self.skeleton) if hasattr(self.method, "subset") else Subset(())
+        found: Subset = self.method.subset(self.outline) if hasattr(self.method, "subset") else Subset(())
         return found
 
     @cached_property
@@ -139,13 +145,6 @@ class Job:
             raise MethodError(
                 f"{self.checkpoint.root}: nothing to do: no linear layer is left after --ignore",
                 hint=f"ignored: {', '.join(getattr(self.options, 'ignored', ()))}",
-            )
-        lost = [name for name in (self.masks.infos if self.masks else ()) if name not in self.linears]
-        if lost and hasattr(self.method, "subset"):
-            raise MethodError(
-                f"{self.label}: {len(lost)} weights that the model's masks say are pruned are left out by --ignore, and would "
-                f"be trained without: {', '.join(lost[:5])}",
-                hint="ignore others",
             )
         problems = self._misfits()
         if problems:
@@ -197,9 +196,13 @@ class Job:
 
     @cached_property
     def side(self) -> dict[str, list[TensorSpec]]:
-        """Files of tensors beside the weights: the masks of a method that prunes."""
+        """Files of tensors beside the weights: the masks of a method that prunes, or those a training has held."""
         if not getattr(self.method, "masks", False):
-            return {}
+            if self.masks is None or not hasattr(self.method, "subset"):
+                return {}
+            return {
+                MASKS: [TensorSpec(name + SUFFIX, info.shape, info.dtype) for name, info in self.masks.infos.items()]
+            }
         return {MASKS: [mask_spec(linear.tensor, self._stored_shape(linear)) for linear in self.linears.values()]}
 
     def _stored_shape(self, linear: Linear) -> tuple[int, int]:

@@ -21,13 +21,12 @@ from weightworks.engine.blockwise import Written, prove_first
 from weightworks.engine.finish import stream_perplexity
 from weightworks.engine.job import Job
 from weightworks.engine.optimizer import Optimizer
+from weightworks.engine.trained import carry_masks, given_masks, write_changed
 from weightworks.errors import MethodError
-from weightworks.stage.protocols import Solution
 from weightworks.stage.training import Modelwise
 from weightworks.store.snapshot import Snapshot, write_snapshot
 from weightworks.store.writer import CheckpointWriter
 from weightworks.stream.lessons import Lessons
-from weightworks.stream.linears import turned
 from weightworks.stream.memory import release
 from weightworks.stream.skeleton import Skeleton
 from weightworks.stream.whole import Whole
@@ -66,12 +65,13 @@ class Training:
         job.returns_tuple = prove_first(job, writer, self.probe)
         dense = stream_perplexity(job, job.view, self.probe)
         if "trained" not in writer.steps:
-            model = Whole(job.skeleton, job.view, job.linears, job.subset, self.dtype, job.device)
-            model.load()
-            adopt_masks(job, model)
+            model = whole(job, self.dtype)
             try:
+                model.load(masks=given_masks(job))
                 self._train(model)
-                self._write(model)
+                rows = write_changed(job, writer, model)
+                carry_masks(job, writer)
+                writer.done("trained", {"rows": rows, "training": self._told(model)})
             finally:
                 model.unload()
                 release()
@@ -174,7 +174,8 @@ class Training:
         started = time.monotonic()
         self.saves += 1
         path = self._state(self.saves)
-        kept: dict[str, Mapping[str, torch.Tensor]] = {"value": model.values, "mask": model.masks, "extra": model.extra}
+        masks = {name: mask for name, mask in model.masks.items() if name in model.values}  # others are the folder's
+        kept: dict[str, Mapping[str, torch.Tensor]] = {"value": model.values, "mask": masks, "extra": model.extra}
         named = {f"{kind} {name}": tensor for kind, tensors in kept.items() for name, tensor in tensors.items()}
         write_snapshot(path, {**named, **dict(optimizer.state())})
         facts = {"position": [number, step], "rounds": self.rounds, "losses": self.losses}
@@ -209,29 +210,6 @@ class Training:
 
     # The end.
 
-    def _write(self, model: Whole) -> None:
-        job, changed = self.job, dict(model.stored())
-        rows = []
-        for name in (name for name in job.checkpoint.tensors if name in changed):
-            linear, info = job.linears.get(name), job.checkpoint.info(name)
-            if linear is not None and job.side:
-                original, weight, mask = model.original(name), model.weight(name), model.mask(name)
-                facts = {
-                    "relative_weight_error": distance(weight, original),
-                    **self.method.told(weight, original, mask),
-                }
-                solution = Solution(weight, facts, mask=mask)
-                for stored, tensor in job.stored(linear, solution).items():
-                    self.writer.put(stored, tensor.cpu())
-                rows.append(job.row(linear, solution))
-                continue
-            value = changed[name].to(info.dtype).cpu().contiguous()
-            self.writer.put(name, value)
-            moved = distance(value.float(), job.view.read(name, torch.float32))
-            row = {"tensor": name, "shape": list(info.shape), "method": job.label}
-            rows.append({**row, "bytes_in": info.nbytes, "bytes_out": info.nbytes, "relative_change": moved})
-        self.writer.done("trained", {"rows": rows, "training": self._told(model)})
-
     def _told(self, model: Whole) -> dict[str, Any]:
         """What the report says of the training."""
         trained = sum(value.numel() for value in model.values.values())
@@ -252,24 +230,19 @@ class Training:
         }
 
 
-def adopt_masks(job: Job, model: Whole) -> None:
-    """Give the model the masks that its folder has: what was pruned before stays so."""
-    if job.masks is not None:
-        for name in job.masks.infos:
-            linear = job.linears[name]
-            mask = job.masks.read(name, job.checkpoint.info(name).shape)
-            model.mask(name).copy_(turned(mask, linear))
+def whole(job: Job, dtype: torch.dtype) -> Whole:
+    """The job's model, to be loaded."""
+    head = job.outline.head
+    linears = dict(job.linears)
+    if head is not None and head.tensor in job.subset.adapters:
+        linears[head.tensor] = head
+    return Whole(job.skeleton, job.view, linears, job.subset, dtype, job.device, seed=job.settings.seed)
 
 
 def curve(losses: Sequence[float], points: int = CURVE) -> list[float]:
     """At most so many means of equal stretches of ``losses``."""
     ends = [len(losses) * number // points for number in range(points + 1)]
     return [round(sum(losses[a:b]) / (b - a), 5) for a, b in itertools.pairwise(ends) if b > a]
-
-
-def distance(weight: torch.Tensor, original: torch.Tensor) -> float:
-    """|| W' - W ||^2 / || W ||^2."""
-    return float((weight - original).square().sum() / original.square().sum().clamp(min=1e-30))
 
 
 def told(facts: dict[str, Any], *when: str) -> str:

@@ -34,7 +34,7 @@ class Optimizer:
     @torch.no_grad()
     def step(self, rate: float) -> float:
         """Take one step with the gradients there are, and forget them; returns their norm before clipping."""
-        for name, mask in self.masks.items():
+        for name, mask in self._held():
             if (gradient := self.values[name].grad) is not None:
                 gradient.masked_fill_(~mask, 0)
         parameters = list(self.values.values())
@@ -49,12 +49,16 @@ class Optimizer:
     @torch.no_grad()
     def hold(self) -> None:
         """Zero what is pruned, its moments too: a weight that went under in decay or in an old moment would come back."""
-        for name, mask in self.masks.items():
+        for name, mask in self._held():
             value, pruned = self.values[name], ~mask
             value.masked_fill_(pruned, 0)
             for key in STATE[1:]:
                 if key in (state := self.adam.state.get(value, {})):
                     state[key].masked_fill_(pruned, 0)
+
+    def _held(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Masks of what is trained itself; a mask may be one of a weight that is adapted."""
+        return ((name, mask) for name, mask in self.masks.items() if name in self.values)
 
     def state(self) -> Iterator[tuple[str, torch.Tensor]]:
         """All there is to put by, by name."""

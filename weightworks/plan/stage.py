@@ -19,6 +19,7 @@ from weightworks.engine.machine import pick_device
 from weightworks.engine.modelwise import Training
 from weightworks.engine.survey import run_surveys
 from weightworks.engine.tensorwise import run_tensorwise
+from weightworks.engine.trained import check_trainable
 from weightworks.engine.training_costs import estimate_training
 from weightworks.errors import (
     DegradedError,
@@ -26,7 +27,7 @@ from weightworks.errors import (
     ResourceError,
     WeightworksError,
 )
-from weightworks.plan.keys import reads_text
+from weightworks.plan.keys import reads_text, trains
 from weightworks.plan.texts import calibrate, check_windows, dtype_of_passes
 from weightworks.report.progress import Progress
 from weightworks.stage import catalog
@@ -96,6 +97,8 @@ def run_stage(
     if target.exists() and (not target.is_dir() or read_provenance(target) is None):
         check_target(target, overwrite=settings.overwrite)
     job = Job(entry.label, module.VERSION, method, settings, checkpoint, target, progress, pick_device(settings.device))
+    if trains(method):
+        check_trainable(job)
     calibration = calibrate(job) if reads_text(method) else None
     probe = check_windows(checkpoint, job.skeleton, trust_remote_code=settings.trust_remote_code)
     dtype = dtype_of_passes(job) if calibration else torch.float32

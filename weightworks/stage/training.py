@@ -14,8 +14,7 @@ import torch
 from weightworks.options import Options
 
 if TYPE_CHECKING:
-    from weightworks.stream.skeleton import Skeleton
-    from weightworks.stream.whole import Subset, Whole
+    from weightworks.stream.whole import Outline, Subset, Whole
 
 
 @dataclass(frozen=True)
@@ -55,8 +54,8 @@ class Modelwise(Protocol):
     def regime(self) -> Regime:
         """How the loop runs."""
 
-    def subset(self, skeleton: Skeleton) -> Subset:
-        """What is trained. Nothing is loaded yet."""
+    def subset(self, outline: Outline) -> Subset:
+        """What is trained of what there is. Nothing is loaded yet."""
 
     def begin(self, number: int, model: Whole) -> dict[str, Any]:
         """Make ready for round ``number``: choose masks, go back to earlier values."""
