@@ -34,7 +34,8 @@ def show_outcome(outcome: Any) -> None:
         show(f"already done: {outcome.target} was made by this very command and is intact")
     quality, checks = facts["quality"], facts["checks"]
     before, after = quality["dense"], quality["result"]
-    worst = sorted(facts["report"], key=lambda row: -row.get("relative_error", row.get("relative_weight_error", 0.0)))[
+    errors = {row["tensor"]: row.get("relative_error", row.get("relative_weight_error")) for row in facts["report"]}
+    worst = sorted(((name, error) for name, error in errors.items() if error is not None), key=lambda pair: -pair[1])[
         :3
     ]
     summary = {"written": str(outcome.target), **worth(facts)}
@@ -47,9 +48,10 @@ def show_outcome(outcome: Any) -> None:
             if checks["blocks_loaded"] == checks["blocks"]
             else f" ({checks['blocks_loaded']} of {checks['blocks']} blocks, to stay in memory)"
         ),
-        "worst tensors": ", ".join(
-            f"{row['tensor'].removesuffix('.weight')} {row.get('relative_error', row.get('relative_weight_error', 0)):.2%}"
-            for row in worst
+        **(
+            {"worst tensors": ", ".join(f"{name.removesuffix('.weight')} {error:.2%}" for name, error in worst)}
+            if worst
+            else {}
         ),
         "took": duration(outcome.seconds),
     }

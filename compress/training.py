@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from compress.rates import SCHEDULES, Schedule
+from compress.rates import SCHEDULES, Schedule, rates, read_history
 from weightworks.options import Options
 from weightworks.stage.training import Regime
 
@@ -29,7 +31,7 @@ class TrainingOptions(Options):
     )
     weight_decay: float = Field(0.0, ge=0, description="AdamW's decay, of matrices only")
     max_grad_norm: float = Field(1.0, ge=0, description="gradients are scaled down to this norm; 0: never")
-    held_out: int = Field(16, ge=1, description="windows set aside to measure the loss on, at most a tenth of all")
+    held_out: int = Field(16, ge=1, description="windows set aside to measure the loss on, at most a quarter of all")
     gradient_checkpointing: Literal["auto", "on", "off"] = Field(
         "auto",
         description="run blocks again in the backward pass to save memory; auto: where memory is short. Same result",
@@ -49,6 +51,16 @@ class TrainingOptions(Options):
         if value is not None and not value.strip():
             raise ValueError("must be the name of a file")
         return value
+
+    def files(self) -> list[Path]:
+        """Files that the result depends on."""
+        return [] if self.lr_history is None else [Path(self.lr_history).expanduser()]
+
+    def rates(self, top: Callable[[int], float] | None = None) -> list[float]:
+        """The learning rate of each step of a round; ``top`` makes the highest of the length of the original schedule."""
+        history = read_history(self.lr_history) if self.lr_history is not None else []
+        highest = self.lr if top is None else top(len(history))
+        return rates(self.schedule, self.steps, top=highest, warmup=self.warmup, history=history)
 
     def regime(self, *, rounds: int = 1, remember: int | None = None) -> Regime:
         """These options as the loop takes them."""

@@ -180,21 +180,24 @@ def text(count: int, length: int = 4) -> Calibration:
 
 
 def test_every_window_comes_once_then_again_in_another_order() -> None:
-    lessons = Lessons.of(text(22), 5, seed=0)
-    assert lessons.held_out.shape == (2, 4)  # at most a tenth
-    assert lessons.tokens.shape == (20, 4)
-    seen = torch.cat([lessons.batch(step, 8) for step in range(5)])[:, 0].tolist()  # two rounds of all twenty
-    assert sorted(seen[:20]) == sorted(seen[20:]) == sorted(lessons.tokens[:, 0].tolist())
+    lessons = Lessons.of(text(25), 5, seed=0)
+    assert (len(lessons.rows), len(lessons.held_out)) == (20, 5)
+    seen = torch.cat([lessons.batch(step, 8).tokens for step in range(5)])[:, 0].tolist()  # two rounds of all twenty
+    held_out = lessons.held_out.batch(range(5)).tokens[:, 0].tolist()
+    assert sorted(seen[:20]) == sorted(seen[20:])
+    assert sorted(seen[:20] + held_out) == list(range(0, 100, 4))
     assert seen[:20] != seen[20:]
-    assert not set(seen) & set(lessons.held_out[:, 0].tolist())
-    assert torch.equal(lessons.batch(3, 8), Lessons.of(text(22), 5, seed=0).batch(3, 8))
-    assert not torch.equal(lessons.batch(3, 8), Lessons.of(text(22), 5, seed=1).batch(3, 8))
+    again, other = (Lessons.of(text(25), 5, seed=seed) for seed in (0, 1))
+    assert torch.equal(lessons.batch(3, 8).tokens, again.batch(3, 8).tokens)
+    assert not torch.equal(lessons.batch(3, 8).tokens, other.batch(3, 8).tokens)
+    assert lessons.passed(5, 8) == 160
+    assert len(Lessons.of(text(8), 5, seed=0).held_out) == 2  # at most a quarter
 
 
 def test_a_single_window_is_too_little() -> None:
-    with pytest.raises(CalibrationError, match="1 window is too little to train on"):
+    with pytest.raises(CalibrationError, match="1 window or example is too little to train on"):
         Lessons.of(text(1), 4, seed=0)
-    assert Lessons.of(text(2), 4, seed=0).tokens.shape[0] == 1
+    assert len(Lessons.of(text(2), 4, seed=0).rows) == 1
 
 
 def test_curve_is_of_means() -> None:
@@ -282,7 +285,7 @@ def test_provenance_tells_of_the_training(compress: Commands, small: Path, tmp_p
     assert all(len(one["losses"]) == 3 for one in facts["rounds"])
     assert facts["held_out"]["before"] == facts["rounds"][0]["held_out_before"]
     assert facts["rounds"][1]["held_out_before"] == facts["rounds"][0]["held_out_after"]
-    assert run.json["calibration"]["windows_held_out"] == 1  # a tenth of fourteen
+    assert run.json["calibration"]["windows_held_out"] == 2
     assert "held-out loss" in run.err
     assert "| training |" in (tmp_path / "out" / "README.md").read_text()
 

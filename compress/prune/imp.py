@@ -19,7 +19,7 @@ from pydantic import Field, model_validator
 
 from compress.masks import Pattern, Scope, pattern_mask, top_mask
 from compress.prune._global import one_threshold
-from compress.rates import adapted_top, rates, read_history
+from compress.rates import adapted_top
 from compress.schemes import Patterns
 from compress.sparsity import AmountOptions
 from compress.training import TrainingOptions
@@ -109,7 +109,7 @@ class Method:
         return self.options.refusal(shape)
 
     def files(self) -> list[Path]:
-        return [] if self.options.lr_history is None else [Path(self.options.lr_history).expanduser()]
+        return self.options.files()
 
     def regime(self) -> Regime:
         options = self.options
@@ -130,12 +130,12 @@ class Method:
 
     def rates(self, number: int, begun: Mapping[str, Any]) -> Sequence[float]:
         options = self.options
-        history = read_history(options.lr_history) if options.lr_history is not None else []
-        top = options.lr
-        if options.schedule == "allr":
-            lost, share = begun["norm_lost"], begun["share_pruned"]
-            top = adapted_top(lost, share, top=top, steps=options.steps, original=len(history))
-        return rates(options.schedule, options.steps, top=top, warmup=options.warmup, history=history)
+        if options.schedule != "allr":
+            return options.rates()
+        lost, share = begun["norm_lost"], begun["share_pruned"]
+        return options.rates(
+            lambda known: adapted_top(lost, share, top=options.lr, steps=options.steps, original=known)
+        )
 
     def end(self, number: int, model: Whole) -> dict[str, Any]:
         flips = {name: flipped(model, name) for name in model.linears}

@@ -44,7 +44,8 @@ NUMERIC = ("torch", "numpy", "scipy", "transformers", "safetensors")  # versions
 
 @dataclass
 class Job:
-    """A method applied to a checkpoint, planned but not run. ``label`` is ``quantize.gptq``; ``target`` the output."""
+    """A method applied to a checkpoint, planned but not run. ``label`` is ``quantize.gptq``; ``target`` the output; ``teacher``
+    the model that a recovery is measured by."""
 
     label: str
     version: int
@@ -54,6 +55,7 @@ class Job:
     target: Path
     progress: Progress
     device: torch.device
+    teacher: Checkpoint | None = None
     skeleton: Skeleton = field(init=False)
     blocks: list[list[Linear]] = field(init=False)
     kept: dict[str, str] = field(init=False, default_factory=dict)  # matrices inside blocks left as they are, and why
@@ -270,11 +272,12 @@ class Job:
         """One line a matrix that is as large as those changed, yet of a kind (fused experts) that is left as it is."""
         smallest = min(linear.shape[0] * linear.shape[1] for linear in self.linears.values())
         sizes = {name: math.prod(self.checkpoint.tensors[name].shape) for name in self.kept}
-        return [
+        left = [
             f"{name}: left as it is, {reason}"
             for name, reason in self.kept.items()
             if reason != "ignored" and sizes[name] >= smallest
         ]
+        return [*left, *self.subset.fallbacks]
 
     def ignored_modules(self) -> list[str]:
         """Names of linear layers that stay as they are, as loaders must be told (model's and checkpoint's spelling)."""
@@ -328,7 +331,8 @@ class Job:
 
     def origin(self) -> dict[str, Any]:
         """What the output was made from, for its provenance."""
-        return origin(self.checkpoint)
+        taught = {} if self.teacher is None else {"teacher": origin(self.teacher)}
+        return {**origin(self.checkpoint), **taught}
 
     def card(self, provenance: dict[str, Any]) -> str:
         """The model card of the output."""
@@ -342,6 +346,7 @@ class Job:
             "weightworks": weightworks.__version__,
             "options": self.options.resolved(),
             "input": self.checkpoint.digest,
+            **({} if self.teacher is None else {"teacher": self.teacher.digest}),
             "max_shard_size": self.settings.shard_bytes,
             "seed": self.settings.seed,
             "environment": environment(self.device),

@@ -21,12 +21,13 @@ from weightworks.engine.blockwise import Written, prove_first
 from weightworks.engine.finish import stream_perplexity
 from weightworks.engine.job import Job
 from weightworks.engine.optimizer import Optimizer
+from weightworks.engine.teacher import Teacher
 from weightworks.engine.trained import carry_masks, given_masks, write_changed
 from weightworks.errors import MethodError
 from weightworks.stage.training import Modelwise
 from weightworks.store.snapshot import Snapshot, write_snapshot
 from weightworks.store.writer import CheckpointWriter
-from weightworks.stream.lessons import Lessons
+from weightworks.stream.lessons import Batch, Lessons
 from weightworks.stream.memory import release
 from weightworks.stream.skeleton import Skeleton
 from weightworks.stream.whole import Whole
@@ -53,7 +54,7 @@ class Training:
         self.job, self.writer, self.lessons, self.probe, self.dtype = job, writer, lessons, probe, dtype
         self.method: Modelwise = job.method
         self.regime = self.method.regime()
-        self.recompute = recompute
+        self.recompute, self.teacher = recompute, Teacher.of(job)
         self.rounds: list[dict[str, Any]] = []  # facts of rounds begun
         self.losses: list[float] = []  # of steps since the last journal entry
         self.saves = 0
@@ -64,6 +65,8 @@ class Training:
         job, writer = self.job, self.writer
         job.returns_tuple = prove_first(job, writer, self.probe)
         dense = stream_perplexity(job, job.view, self.probe)
+        if self.teacher is not None and "teacher" not in writer.steps:
+            writer.done("teacher", {"held_out": self.teacher.loss(self.lessons)})
         if "trained" not in writer.steps:
             model = whole(job, self.dtype)
             try:
@@ -125,10 +128,9 @@ class Training:
     def _step(self, model: Whole, optimizer: Optimizer, number: int, step: int, rate: float) -> None:
         """One optimizer step; the loss is the mean over all tokens predicted in it."""
         regime = self.regime
-        tokens = self.lessons.batch(number * regime.steps + step, regime.batch).to(self.job.device)
-        predicted, loss = tokens.shape[0] * (tokens.shape[1] - 1), 0.0
-        for part in tokens.chunk(regime.parts):
-            share = self._loss(model, part) / predicted
+        batch, loss = self.lessons.batch(number * regime.steps + step, regime.batch), 0.0
+        for part in batch.parts(regime.parts):
+            share = self._loss(model, part) / batch.learned
             share.backward()
             loss += float(share.detach())
         norm = optimizer.step(rate)
@@ -142,21 +144,22 @@ class Training:
         self.losses.append(loss)
         self.job.progress.step(f"round {number + 1}, loss {loss:.4f}, rate {rate:.2e}")
 
-    def _loss(self, model: Whole, tokens: torch.Tensor) -> torch.Tensor:
-        """The sum of the negative log-likelihoods (nats) of ``tokens`` [n, seq] but the first."""
+    def _loss(self, model: Whole, batch: Batch) -> torch.Tensor:
+        """The sum of the negative log-likelihoods (nats) of what is learned of ``batch``."""
+        batch = batch.to(self.job.device)
         with torch.autocast(self.job.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            logits = model.model(input_ids=tokens, use_cache=False).logits  # [n, seq, vocabulary]
+            logits = model.model(input_ids=batch.tokens, use_cache=False).logits  # [n, seq, vocabulary]
         return nn.functional.cross_entropy(
-            logits[:, :-1].float().flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum"
+            logits[:, :-1].float().flatten(0, 1), batch.labels[:, 1:].flatten(), reduction="sum"
         )
 
     @torch.no_grad()
     def _held_out(self, model: Whole) -> float:
         """The mean loss on the held-out windows, nats a token."""
-        windows = self.lessons.held_out
-        size = max(1, self.regime.batch // self.regime.parts)
-        total = sum(float(self._loss(model, part.to(self.job.device))) for part in windows.split(size))
-        return total / (windows.shape[0] * (windows.shape[1] - 1))
+        total, learned = 0.0, 0
+        for batch in self.lessons.held_out.batches(max(1, self.regime.batch // self.regime.parts)):
+            total, learned = total + float(self._loss(model, batch)), learned + batch.learned
+        return total / learned
 
     # Putting by, and going on.
 
@@ -224,8 +227,12 @@ class Training:
             "trained_parameters": trained,
             "trained_share": trained / total,
             "steps": regime.rounds * steps,
-            "tokens": regime.rounds * steps * regime.batch * self.lessons.tokens.shape[1],
-            "held_out": {"before": self.rounds[0]["held_out_before"], "after": self.rounds[-1]["held_out_after"]},
+            "tokens": self.lessons.passed(regime.rounds * steps, regime.batch),
+            "held_out": {
+                "before": self.rounds[0]["held_out_before"],
+                "after": self.rounds[-1]["held_out_after"],
+                **({"teacher": self.writer.steps["teacher"]["held_out"]} if self.teacher else {}),
+            },
             "rounds": rounds,
         }
 

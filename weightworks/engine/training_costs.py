@@ -63,7 +63,7 @@ def estimate_training(job: Job, lessons: Lessons, *, probe: tuple[int, int], dty
 
 def _counts(job: Job) -> tuple[int, int]:
     """Parameters that are trained, and weights that have a mask."""
-    trained = sum(job.skeleton.get(name).numel() for name in job.subset.names)
+    trained = sum(job.skeleton.get(name).numel() for name in job.subset.names) + job.subset.added
     return trained, sum(math.prod(linear.shape) for linear in job.linears.values())
 
 
@@ -72,14 +72,17 @@ def _phases(job: Job, s: Sizes, lessons: Lessons, dtype: torch.dtype, *, recompu
     skeleton, regime = job.skeleton, job.method.regime()
     trained, masked = _counts(job)
     total = sum(skeleton.get(name).numel() for name in skeleton.pieces)
-    largest = max(skeleton.get(name).numel() for name in job.subset.names)
-    cast = dtype.itemsize * trained if dtype != torch.float32 else 0  # what autocast keeps of a pass
-    weights = (total - trained) * dtype.itemsize
+    largest = max((skeleton.get(name).numel() for name in job.subset.names), default=0)
+    adapted = [[linear for linear in block if linear.tensor in job.subset.adapters] for block in job.blocks]
+    effective = [(4 + _cast(dtype)) * sum(math.prod(linear.shape) for linear in block) for block in adapted]
+    cast = _cast(dtype) * trained
+    weights = (total - trained + job.subset.added) * dtype.itemsize
     config = skeleton.model.config.get_text_config()
-    tokens = -(-regime.batch // regime.parts) * lessons.tokens.shape[1]
+    tokens = -(-regime.batch // regime.parts) * max(lessons.rows.longest, lessons.held_out.longest)
     hidden = tokens * config.hidden_size * dtype.itemsize
     experts = getattr(config, "num_experts_per_tok", None) or 1
     blocks = [dtype.itemsize * tokens * kept_elements(block, experts) + STATES * hidden for block in job.blocks]
+    blocks = [own + weight for own, weight in zip(blocks, effective, strict=True)]
     activations = len(blocks) * hidden + max(blocks) if recompute else sum(blocks)
     logits = LOGITS * 4 * tokens * config.vocab_size
     held = s.base + weights + HELD * trained + 2 * masked  # masks and signs are bytes
@@ -93,6 +96,11 @@ def _phases(job: Job, s: Sizes, lessons: Lessons, dtype: torch.dtype, *, recompu
             "scoring": s.base + s.outside + 3 * s.logits,
         },
     )
+
+
+def _cast(dtype: torch.dtype) -> int:
+    """Bytes a parameter that autocast keeps of a pass."""
+    return dtype.itemsize if dtype != torch.float32 else 0
 
 
 def kept_elements(block: Sequence[Linear], experts: int) -> int:
@@ -118,9 +126,9 @@ def _seconds(job: Job, lessons: Lessons, dtype: torch.dtype, *, recompute: bool)
     weights = sum(math.prod(linear.shape) for linear in job.linears.values())
     config = job.skeleton.model.config.get_text_config()
     passed = weights + config.hidden_size * config.vocab_size
-    tokens = regime.rounds * regime.steps * regime.batch * lessons.tokens.shape[1]
+    tokens = lessons.passed(regime.rounds * regime.steps, regime.batch)
     passes = FORWARD + BACKWARD + (FORWARD if recompute else 0)
-    held_out = (2 * regime.rounds + 1) * lessons.held_out.numel()
+    held_out = (2 * regime.rounds + 1) * lessons.held_out.tokens.numel()
     work = 2.0 * passed * (passes * tokens + held_out) / speed[str(dtype).removeprefix("torch.")]
     trained, _ = _counts(job)
     state = 12 * trained * regime.rounds

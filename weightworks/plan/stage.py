@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from weightworks.errors import (
     WeightworksError,
 )
 from weightworks.plan.keys import reads_text, trains
-from weightworks.plan.texts import calibrate, check_windows, dtype_of_passes
+from weightworks.plan.texts import Text, calibrate, check_windows, dtype_of_passes, lessons
 from weightworks.report.progress import Progress
 from weightworks.stage import catalog
 from weightworks.stage.settings import Settings
@@ -36,7 +37,6 @@ from weightworks.store.checkpoint import Checkpoint
 from weightworks.store.manifest import changed_files, read_provenance
 from weightworks.store.sources import file_digest
 from weightworks.store.writer import CheckpointWriter, check_target
-from weightworks.stream.calibration import Calibration
 from weightworks.stream.lessons import Lessons
 from weightworks.stream.memory import ran_out
 
@@ -73,37 +73,40 @@ def run_stage(
     options: dict[str, Any],
     settings: Settings,
     *,
+    teacher: str | None = None,
     output_dir: Path | None = None,
     dry_run: bool = False,
     progress: Progress | None = None,
     announce: Callable[[dict[str, Any]], None] = lambda resolved: None,
-    called: str | None = None,
+    called: Mapping[str, str] | None = None,
     executor: Executor | None = None,
 ) -> Outcome:
     """Run method ``kind.name`` on ``model``. ``announce`` is given the resolved configuration before work starts.
 
-    ``called`` is what provenance and card call the input, in place of the path: where it lies in a workspace is no part of
-    what it is. ``executor`` takes tensors that can be worked on apart from the others.
+    ``teacher`` is the model that a recovery is measured by. ``called`` is what provenance and card call the inputs, in place of
+    their paths: where they lie in a workspace is no part of what they are. ``executor`` takes tensors that can be worked on
+    apart from the others.
     """
     started = time.monotonic()
     progress = progress or Progress(quiet=True)
     entry = catalog.find(kind, name)
     module = entry.load()
     method = module.Method(module.Options.parse(options, where=entry.label))
-    checkpoint = Checkpoint.open(model, allow_pickle=settings.allow_pickle)
-    checkpoint = checkpoint if called is None else replace(checkpoint, source=called)
+    checkpoint = opened(model, settings, called)
+    original = None if teacher is None else opened(teacher, settings, called)
     target = (output_dir or default_target(checkpoint, name, method.options)).absolute()
-    keep_inputs(target, [checkpoint])
+    keep_inputs(target, [checkpoint, *([original] if original else [])])
     if target.exists() and (not target.is_dir() or read_provenance(target) is None):
         check_target(target, overwrite=settings.overwrite)
-    job = Job(entry.label, module.VERSION, method, settings, checkpoint, target, progress, pick_device(settings.device))
+    device = pick_device(settings.device)
+    job = Job(entry.label, module.VERSION, method, settings, checkpoint, target, progress, device, original)
     if trains(method):
         check_trainable(job)
-    calibration = calibrate(job) if reads_text(method) else None
+    text: Text | None = (lessons(job) if trains(method) else calibrate(job)) if reads_text(method) else None
     probe = check_windows(checkpoint, job.skeleton, trust_remote_code=settings.trust_remote_code)
-    dtype = dtype_of_passes(job) if calibration else torch.float32
-    data: dict[str, Any] = {} if calibration is None else {"calibration": calibration.digest, "dtype": str(dtype)}
-    announce(resolved(job, calibration, dtype))
+    dtype = dtype_of_passes(job) if text else torch.float32
+    data: dict[str, Any] = {} if text is None else {"calibration": text.digest, "dtype": str(dtype)}
+    announce(resolved(job, text, dtype))
     if not dry_run or target.exists():  # the identity takes reading every byte of the input, once
         if hasattr(method, "files"):
             data["files"] = {str(path): file_digest(path) for path in method.files()}
@@ -112,15 +115,21 @@ def run_stage(
             return Outcome(target, None, done, cached=True, seconds=time.monotonic() - started)
     if not dry_run:
         check_target(target, overwrite=settings.overwrite)
-    costs = estimated(job, calibration, (probe.shape[0], probe.shape[1]), dtype)
+    costs = estimated(job, text, (probe.shape[0], probe.shape[1]), dtype)
     if dry_run:
         return Outcome(target, costs, None, seconds=time.monotonic() - started)
     refuse(costs, target)
-    provenance = execute(job, identity, calibration, probe, dtype, costs, executor)
+    provenance = execute(job, identity, text, probe, dtype, costs, executor)
     return Outcome(target, costs, provenance, seconds=time.monotonic() - started)
 
 
-def estimated(job: Job, text: Calibration | None, probe: tuple[int, int], dtype: torch.dtype) -> Estimate:
+def opened(model: str, settings: Settings, called: Mapping[str, str] | None) -> Checkpoint:
+    """An input, under the name that it is called by."""
+    checkpoint = Checkpoint.open(model, allow_pickle=settings.allow_pickle)
+    return replace(checkpoint, source=called[model]) if called and model in called else checkpoint
+
+
+def estimated(job: Job, text: Text | None, probe: tuple[int, int], dtype: torch.dtype) -> Estimate:
     """What the job will take."""
     if isinstance(text, Lessons):
         return estimate_training(job, text, probe=probe, dtype=dtype)
@@ -131,7 +140,7 @@ def estimated(job: Job, text: Calibration | None, probe: tuple[int, int], dtype:
 def execute(
     job: Job,
     identity: dict[str, Any],
-    calibration: Calibration | None,
+    text: Text | None,
     probe: torch.Tensor,
     dtype: torch.dtype,
     costs: Estimate,
@@ -150,18 +159,18 @@ def execute(
     )
     job.progress.log_to(log_path(job.target))
     try:
-        run_surveys(job, writer, calibration, probe, dtype, on_disk=costs.on_disk)
-        if isinstance(calibration, Lessons):
-            training = Training(job, writer, calibration, probe, dtype, recompute=costs.recompute)
+        run_surveys(job, writer, None if isinstance(text, Lessons) else text, probe, dtype, on_disk=costs.on_disk)
+        if isinstance(text, Lessons):
+            training = Training(job, writer, text, probe, dtype, recompute=costs.recompute)
             results = training.run()
             copy_rest(job, writer)
             whole = costs.reload_blocks == len(job.skeleton.blocks)
             results["partial"] = results["result"] if whole else None
-        elif calibration is not None and hasattr(job.method, "solve"):
+        elif text is not None and hasattr(job.method, "solve"):
             results = Blockwise(
                 job,
                 writer,
-                calibration,
+                text,
                 probe,
                 dtype,
                 on_disk=costs.on_disk,
@@ -181,11 +190,11 @@ def execute(
             "quality": {key: results[key] for key in ("dense", "result")},
             **({"training": results["training"]} if "training" in results else {}),
         }
-        if calibration is not None:
+        if text is not None:
             facts["calibration"] = {
                 "dataset": settings.dataset,
                 "dtype": str(dtype).removeprefix("torch."),
-                **calibration.facts(),
+                **text.facts(),
             }
         return finish(
             job,
@@ -262,21 +271,14 @@ def finished(target: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
     return provenance
 
 
-def resolved(job: Job, calibration: Calibration | None, dtype: torch.dtype) -> dict[str, Any]:
+def resolved(job: Job, text: Text | None, dtype: torch.dtype) -> dict[str, Any]:
     """The configuration as it will run, defaults included."""
     facts: dict[str, Any] = {"method": job.label, "model": where(job.checkpoint), "output": str(job.target)}
+    if job.teacher is not None:
+        facts["teacher"] = where(job.teacher)
     facts.update(job.options.resolved())
-    if calibration is not None:
-        windows, length = calibration.tokens.shape
-        what = "training_text" if isinstance(calibration, Lessons) else "calibration"
-        facts[what] = f"{windows} windows of {length} tokens from {calibration.source}"
-        if isinstance(calibration, Lessons):
-            windows += (held := calibration.held_out.shape[0])
-            facts[what] += f", {held} more to measure the loss on"
-        if windows < calibration.requested:
-            facts[what] += f" (asked for {calibration.requested}, the text has no more)"
-        if length < job.settings.seq_len:
-            facts[what] += f" (asked for {job.settings.seq_len} tokens, the model takes no more)"
+    if text is not None:
+        facts["training_text" if isinstance(text, Lessons) else "calibration"] = text.told(job.settings.seq_len)
         facts["dtype"] = str(dtype).removeprefix("torch.")
     facts.update(seed=job.settings.seed, device=str(job.device))
     return facts | ({"note": remarks} if (remarks := job.checkpoint.remarks) else {})
@@ -299,9 +301,13 @@ def sizes(job: Job, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     }
     if job.side:
         kept = {row["tensor"]: row["kept"] for row in rows if "kept" in row}
+        if job.masks is not None and not job.method.masks:
+            kept = {name: job.masks.kept(name) for name in job.masks.infos} | kept  # those that were not worked on too
         masks = sum(spec.nbytes for members in job.side.values() for spec in members)
-        values = sum(count * job.linears[name].dtype.itemsize for name, count in kept.items())
-        facts |= {"masked_weights": weights, "kept_weights": sum(kept.values()), "masks_bytes": masks}
+        pruned = sum(math.prod(job.view.shape(name)) for name in kept)
+        values = sum(count * job.checkpoint.info(name).dtype.itemsize for name, count in kept.items())
+        facts |= {"masked_weights": pruned, "kept_weights": sum(kept.values()), "masks_bytes": masks}
         if job.format is None:
-            facts["bitmask_bytes"] = bytes_out - changed + masks + values
+            dense = sum(job.checkpoint.info(name).nbytes for name in kept)
+            facts["bitmask_bytes"] = bytes_out - dense + masks + values
     return facts

@@ -10,20 +10,38 @@ from weightworks.errors import CalibrationError, MethodError
 from weightworks.plan.keys import trains
 from weightworks.store.checkpoint import Checkpoint
 from weightworks.stream.builtin import verification_text
-from weightworks.stream.calibration import Calibration, encode_all, load_tokenizer, load_windows
+from weightworks.stream.calibration import Calibration, describe, encode_all, load_tokenizer, load_windows
+from weightworks.stream.examples import are_examples, load_examples, read_rows
 from weightworks.stream.lessons import Lessons
 from weightworks.stream.skeleton import Skeleton
 
+Text = Calibration | Lessons  # what a run reads
 CALIBRATION_WINDOWS = 128
 PROBE_WINDOWS, PROBE_LENGTH = 4, 256  # the check text: enough to tell a broken folder from a sound one
 
 
 def calibrate(job: Job) -> Calibration:
-    """The job's windows of text, as its settings ask for them: to calibrate with, or to train on."""
-    settings, regime = job.settings, job.method.regime() if trains(job.method) else None
-    count = settings.num_samples or (CALIBRATION_WINDOWS if regime is None else regime.windows)
-    text = read_windows(job, count)
-    return text if regime is None else Lessons.of(text, regime.held_out, settings.seed)
+    """The job's calibration windows, as its settings ask for them."""
+    return read_windows(job, job.settings.num_samples or CALIBRATION_WINDOWS)
+
+
+def lessons(job: Job) -> Lessons:
+    """What the job's method is trained on: windows of a text, or examples where the data set is made of them."""
+    settings, regime = job.settings, job.method.regime()
+    count = settings.num_samples or regime.windows
+    rows = read_rows(settings.dataset)
+    if not are_examples(rows):
+        return Lessons.of(read_windows(job, count), regime.held_out, settings.seed)
+    return load_examples(
+        rows,
+        describe(settings.dataset),
+        job.checkpoint.root,
+        count=count,
+        held_out=regime.held_out,
+        seq_len=min(settings.seq_len, job.skeleton.context_length),
+        seed=settings.seed,
+        trust_remote_code=settings.trust_remote_code,
+    )
 
 
 def read_windows(job: Job, count: int) -> Calibration:

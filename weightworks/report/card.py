@@ -84,6 +84,8 @@ def _done(label: str, options: Mapping[str, Any]) -> str:
     kind, method = label.split(".")
     bits, group = options.get("bits"), options.get("group_size")
     grid = "one scale a row" if group == -1 else f"groups of {group}"
+    if kind == "recover":
+        return f"trained to win back what pruning cost, zeros held ({method})"
     if kind != "prune":
         return f"quantized to {bits} bits ({method}, {grid})"
     pattern = options.get("pattern", "unstructured")
@@ -286,6 +288,8 @@ def command(provenance: dict[str, Any], source: Checkpoint) -> str:
     identity = provenance["identity"]
     stage, method = identity["method"].split(".")
     words = [f"compress {stage} {source.name} --method {method}"]
+    if (teacher := provenance["source"].get("teacher")) is not None:
+        words.append(f"--teacher {shlex.quote(teacher['name'])}")
     data = provenance.get("calibration", {})
     asked = {
         "dataset": data.get("dataset"),

@@ -11,7 +11,13 @@ def training(facts: Mapping[str, Any]) -> str:
     rounds = len(facts["rounds"])
     how_long = f"{facts['steps']} steps" + (f" in {rounds} rounds" if rounds > 1 else "")
     losses = facts["held_out"]
+    if (teacher := losses.get("teacher")) is not None:
+        original = f", {teacher:.4f} of the original"
+        if losses["before"] > teacher:
+            original += f": {(losses['before'] - losses['after']) / (losses['before'] - teacher):.0%} won back"
+    else:
+        original = ""
     return (
         f"{facts['trained_parameters']:,} parameters ({facts['trained_share']:.2%} of the model), {how_long} on "
-        f"{facts['tokens']:,} tokens; loss on held-out windows {losses['before']:.4f} before, {losses['after']:.4f} after"
+        f"{facts['tokens']:,} tokens; held-out loss {losses['before']:.4f} before, {losses['after']:.4f} after{original}"
     )

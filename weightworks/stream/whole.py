@@ -50,10 +50,15 @@ class Outline:
 
 @dataclass(frozen=True)
 class Subset:
-    """What is trained of a model: the parameters ``names``, and the linears ``adapters`` (by tensor) through an adapter."""
+    """What is trained of a model: the parameters ``names``, and the linears ``adapters`` (by tensor) through an adapter.
+
+    ``added`` is how many parameters the adapters have; ``fallbacks`` say in words what was asked for and is not done.
+    """
 
     names: tuple[str, ...]
     adapters: Mapping[str, Adapt] = field(default_factory=dict)
+    added: int = 0
+    fallbacks: tuple[str, ...] = ()
 
     def tensors(self, skeleton: Skeleton) -> set[str]:
         """The checkpoint's tensors that training changes."""
