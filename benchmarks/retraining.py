@@ -44,7 +44,7 @@ class Way:
 
 def imp(name: str, *words: str, rounds: int = ROUNDS) -> Way:
     """IMP with all steps shared out over ``rounds``."""
-    return Way(name, (("prune", "--method", "imp", AMOUNT, "--rounds", str(rounds), "--lr", "5e-4", *words),), rounds)
+    return Way(name, (("prune", "--method", "imp", AMOUNT, "--rounds", str(rounds), "--lr", "3e-4", *words),), rounds)
 
 
 MAGNITUDE = ("prune", "--method", "magnitude", AMOUNT)
