@@ -62,8 +62,8 @@ class TrainingOptions(Options):
         highest = self.lr if top is None else top(len(history))
         return rates(self.schedule, self.steps, top=highest, warmup=self.warmup, history=history)
 
-    def regime(self, *, rounds: int = 1, remember: int | None = None) -> Regime:
-        """These options as the loop takes them."""
+    def regime(self, *, rounds: int = 1, remember: int | None = None, **others: Any) -> Regime:
+        """These options as the loop takes them, and ``others`` that it may be told."""
         return Regime(
             rounds=rounds,
             steps=self.steps,
@@ -73,5 +73,6 @@ class TrainingOptions(Options):
             clip=self.max_grad_norm,
             held_out=self.held_out,
             remember=remember,
+            **others,
             recompute={"auto": None, "on": True, "off": False}[self.gradient_checkpointing],
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -198,13 +199,12 @@ def test_zeros_stay_and_patterns_hold(sparse: Path, tmp_path: Path, kind: str) -
     assert not torch.equal(after.read("model.norm.weight"), before.read("model.norm.weight"))
 
 
-def test_zeros_without_masks_are_taken_as_pruned(sparse: Path, tmp_path: Path) -> None:
-    import shutil
-
+@pytest.mark.parametrize("train", [["adapters"], ["weights"]])
+def test_zeros_without_masks_are_taken_as_pruned(sparse: Path, tmp_path: Path, train: list[str]) -> None:
     bare = shutil.copytree(sparse, tmp_path / "bare")
     for name in (MASKS, "provenance.json"):
         (bare / name).unlink()
-    outcome = recover(bare, **QUICK, output_dir=tmp_path / "out")
+    outcome = recover(bare, **QUICK, train=train, output_dir=tmp_path / "out")
     view, after = DenseView(Checkpoint.open(sparse)), DenseView(Checkpoint.open(outcome.target))
     name = "model.layers.1.mlp.up_proj.weight"
     assert not after.read(name)[view.read(name) == 0].any()
@@ -217,6 +217,7 @@ def test_zeros_without_masks_are_taken_as_pruned(sparse: Path, tmp_path: Path) -
         (["norm"], {"input_layernorm", "post_attention_layernorm", "norm"}),
         (["head"], {"lm_head"}),
         (["adapters"], {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}),
+        (["weights"], {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}),
         (["head,norm"], {"input_layernorm", "post_attention_layernorm", "norm", "lm_head"}),
     ],
 )
@@ -314,8 +315,9 @@ def test_a_teacher_of_other_tokens_is_refused(sparse: Path, tiny_llama: Path, tm
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        ({"train": ["norms"]}, "'norms' is no part that can be trained; known: bias, norm, head, adapters"),
+        ({"train": ["norms"]}, "'norms' is no part that can be trained; known: bias, norm, head, adapters, weights"),
         ({"train": []}, "something must be trained"),
+        ({"train": ["weights", "adapters"]}, "by its adapter or by its weights, not by both"),
         ({"adapter": "lora_prune"}, "option 'adapter' = 'lora_prune'"),
         ({"schedule": "allr"}, "option 'schedule' = 'allr'"),
         ({"rank": 0}, "option 'rank' = 0"),
@@ -328,4 +330,4 @@ def test_what_cannot_be_is_refused(sparse: Path, options: dict[str, Any], text: 
 
 def test_parts_are_named_once_in_their_order() -> None:
     assert Options(train=["adapters,norm", "norm"]).train == ["norm", "adapters"]
-    assert perp.PARTS == ("bias", "norm", "head", "adapters")
+    assert perp.PARTS == ("bias", "norm", "head", "adapters", "weights")

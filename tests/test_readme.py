@@ -20,7 +20,17 @@ from cli.compress_app import COMMANDS
 
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^<!-- test -->\n```(\w+)\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
-MORE = ("tiny-sparse", "tiny-healed", "tiny-stored", "tiny-again", "both", "by-data", "toward", "continued", "merged-in-python")
+MORE = (
+    "tiny-sparse",
+    "tiny-healed",
+    "tiny-stored",
+    "tiny-again",
+    "both",
+    "by-data",
+    "toward",
+    "continued",
+    "merged-in-python",
+)
 CLIENT = """#!{python}
 import os, sys, tempfile
 from pathlib import Path

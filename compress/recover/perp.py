@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 PAPER = "Zimmer et al. 2023, arXiv:2312.15230"
 VERSION = 1
-PARTS = ("bias", "norm", "head", "adapters")
+PARTS = ("bias", "norm", "head", "adapters", "weights")
 
 
 class Options(TrainingOptions):
@@ -34,11 +34,28 @@ class Options(TrainingOptions):
     train: list[str] = Field(
         default=["bias", "norm", "adapters"],
         description="what is trained, one or several of: bias, norm (gains and biases of normalisation), head (LoRA on an "
-        "output layer that is not the embedding), adapters (of the pruned linear layers)",
+        "output layer that is not the embedding), adapters (of the linear layers), weights (all of those layers, under "
+        "their masks, instead of adapters)",
     )
     adapter: Literal["mask_lora", "scale_lora", "spp"] = Field(
         "mask_lora",
         description="how a weight W is adapted: mask_lora: W + s M * (BA); scale_lora: W * (BA); spp: W + s W * (BA)",
+    )
+    mode: Literal["retrain", "reconstruct"] = Field(
+        "retrain",
+        description="retrain: the whole model, on the language model's loss; reconstruct: block after block, to give what the "
+        "original's give (needs a teacher; one block in memory at a time)",
+    )
+    window: Literal["block", "attn", "mlp", "both"] = Field(
+        "block", description="reconstruct: what is imitated as one: the block, its attention, its MLP, or both in turn"
+    )
+    inputs: Literal["sparse", "dense"] = Field(
+        "sparse",
+        description="reconstruct: a block's inputs: those that the pruned model makes so far, or the original's",
+    )
+    targets: Literal["local", "trajectory"] = Field(
+        "local",
+        description="reconstruct: what the original's block gives on the same inputs (local), or in the original (trajectory)",
     )
     rank: int = Field(16, ge=1, description="rank of A and B")
     alpha: float = Field(32.0, gt=0, description="s is alpha / rank")
@@ -57,6 +74,8 @@ class Options(TrainingOptions):
             raise ValueError(f"'{unknown[0]}' is no part that can be trained; known: {', '.join(PARTS)}")
         if not parts:
             raise ValueError("something must be trained")
+        if {"adapters", "weights"} <= {*parts}:
+            raise ValueError("a layer is trained by its adapter or by its weights, not by both")
         return [part for part in PARTS if part in parts]
 
     @property
@@ -80,15 +99,23 @@ class Method:
         return self.options.files()
 
     def regime(self) -> Regime:
-        return self.options.regime()
+        options = self.options
+        if options.mode == "retrain":
+            return options.regime()
+        return options.regime(window=options.window, inputs=options.inputs, targets=options.targets)
 
     def subset(self, outline: Outline) -> Subset:
         from weightworks.stream.whole import Subset
 
         wanted, fallbacks = self.options.train, []
-        names = {*(outline.biases if "bias" in wanted else ()), *(outline.norms if "norm" in wanted else ())}
+        named = {"bias": outline.biases, "norm": outline.norms, "weights": outline.weights}
+        names = {name for part, found in named.items() if part in wanted for name in found}
         adapters = dict.fromkeys(outline.linears, self.adapter()) if "adapters" in wanted else {}
-        if "head" in wanted and outline.head is not None:
+        if self.options.mode == "reconstruct":
+            names = {name for name in names if outline.inside(name)}
+        if "head" in wanted and self.options.mode == "reconstruct":
+            fallbacks.append("head: left as it is; it is in no block")
+        elif "head" in wanted and outline.head is not None:
             adapters[outline.head.tensor] = self.adapter("lora")
         elif "head" in wanted:
             fallbacks.append("head: left as it is; it is the embedding too, which an adapter of the head would change")
@@ -105,13 +132,12 @@ class Method:
         return partial(LowRank, kind or self.options.adapter, rank=self.options.rank, alpha=self.options.alpha)
 
     def begin(self, number: int, model: Whole) -> dict[str, Any]:
-        parts = {
-            "adapters": sum(value.numel() for adapter in model.adapters.values() for value in adapter.parameters())
-        }
-        for name in model.subset.names:
-            part = "bias" if name.endswith("bias") else "norm"
+        model.mask_zeros()
+        parts = {"adapters": sum(one.numel() for adapter in model.adapters.values() for one in adapter.parameters())}
+        for name in (name for name in model.subset.names if name in model.values):
+            part = "bias" if name.endswith("bias") else "norm" if model.values[name].ndim == 1 else "weights"
             parts[part] = parts.get(part, 0) + model.values[name].numel()
-        return {"trained": parts}
+        return {"trained": {part: count for part, count in parts.items() if count}}
 
     def rates(self, number: int, begun: Mapping[str, Any]) -> Sequence[float]:
         return self.options.rates()

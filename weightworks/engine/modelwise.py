@@ -6,10 +6,8 @@ on from there, and since windows, rates and arithmetic follow from the position 
 
 from __future__ import annotations
 
-import itertools
-import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,8 +20,15 @@ from weightworks.engine.finish import stream_perplexity
 from weightworks.engine.job import Job
 from weightworks.engine.optimizer import Optimizer
 from weightworks.engine.teacher import Teacher
-from weightworks.engine.trained import carry_masks, given_masks, write_changed
-from weightworks.errors import MethodError
+from weightworks.engine.trained import (
+    carry_masks,
+    curve,
+    given_masks,
+    refuse_divergence,
+    trained_share,
+    whole,
+    write_changed,
+)
 from weightworks.stage.training import Modelwise
 from weightworks.store.snapshot import Snapshot, write_snapshot
 from weightworks.store.writer import CheckpointWriter
@@ -34,7 +39,6 @@ from weightworks.stream.whole import Whole
 
 SAVE_SECONDS = 60.0  # a run is put by no more often than this while it trains,
 SAVE_SHARE = 20  # nor does putting it by take more than one part in so many of its time
-CURVE = 50  # points of the loss curve that the report has of a round
 EARLIER = "earlier.safetensors"  # values to go back to
 
 
@@ -134,13 +138,7 @@ class Training:
             share.backward()
             loss += float(share.detach())
         norm = optimizer.step(rate)
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            self.writer.discard()  # it would come to this again
-            raise MethodError(
-                f"{self.job.label}: the training diverged: loss {loss}, gradient norm {norm} at step {step + 1} of round "
-                f"{number + 1}, rate {rate:.3g}",
-                hint="take a smaller --lr; nothing was written",
-            )
+        refuse_divergence(self.job, self.writer, loss, norm, f"step {step + 1} of round {number + 1}, rate {rate:.3g}")
         self.losses.append(loss)
         self.job.progress.step(f"round {number + 1}, loss {loss:.4f}, rate {rate:.2e}")
 
@@ -222,10 +220,9 @@ class Training:
             {**facts, "losses": curve(losses[number * steps : (number + 1) * steps])}
             for number, facts in enumerate(self.rounds)
         ]
-        total = sum(math.prod(info.shape) for info in self.job.checkpoint.tensors.values())
         return {
             "trained_parameters": trained,
-            "trained_share": trained / total,
+            "trained_share": trained_share(self.job, trained),
             "steps": regime.rounds * steps,
             "tokens": self.lessons.passed(regime.rounds * steps, regime.batch),
             "held_out": {
@@ -235,21 +232,6 @@ class Training:
             },
             "rounds": rounds,
         }
-
-
-def whole(job: Job, dtype: torch.dtype) -> Whole:
-    """The job's model, to be loaded."""
-    head = job.outline.head
-    linears = dict(job.linears)
-    if head is not None and head.tensor in job.subset.adapters:
-        linears[head.tensor] = head
-    return Whole(job.skeleton, job.view, linears, job.subset, dtype, job.device, seed=job.settings.seed)
-
-
-def curve(losses: Sequence[float], points: int = CURVE) -> list[float]:
-    """At most so many means of equal stretches of ``losses``."""
-    ends = [len(losses) * number // points for number in range(points + 1)]
-    return [round(sum(losses[a:b]) / (b - a), 5) for a, b in itertools.pairwise(ends) if b > a]
 
 
 def told(facts: dict[str, Any], *when: str) -> str:

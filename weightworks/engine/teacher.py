@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from weightworks.engine.finish import PROOF_TOKENS
+from weightworks.engine.finish import PROOF_TOKENS, Runnable
 from weightworks.engine.job import Job
 from weightworks.errors import MethodError
 from weightworks.store.dense import DenseView
@@ -15,7 +15,7 @@ from weightworks.stream.activations import Activations
 from weightworks.stream.lessons import IGNORED, Lessons
 from weightworks.stream.passes import Windows, shell, stream_losses
 from weightworks.stream.replay import prove
-from weightworks.stream.skeleton import Skeleton, build
+from weightworks.stream.skeleton import DenseReader, Skeleton, build
 
 
 @dataclass
@@ -35,6 +35,12 @@ class Teacher:
             return None
         view = DenseView(job.teacher)
         skeleton = build(view, trust_remote_code=job.settings.trust_remote_code)
+        problems = skeleton.mismatches(DenseView(job.checkpoint)) if job.method.regime().window is not None else []
+        if problems or (job.method.regime().window is not None and set(skeleton.pieces) != set(job.skeleton.pieces)):
+            raise MethodError(
+                f"{job.teacher.source}: cannot be imitated block by block: it is of another shape than {job.checkpoint.source}",
+                hint="give the model as it was before it was pruned, or take --mode retrain",
+            )
         own, others = (int(one.model.config.get_text_config().vocab_size) for one in (job.skeleton, skeleton))
         if own != others:
             raise MethodError(
@@ -44,16 +50,19 @@ class Teacher:
         return cls(view, skeleton, job.device, job.target)
 
     def loss(self, lessons: Lessons) -> float:
-        """Its mean loss on the held-out rows, nats a token, in float32 and one block in memory at a time."""
-        batch = lessons.held_out.batch(range(len(lessons.held_out)))
+        """Its mean loss on the held-out rows, nats a token."""
         with shell(self.skeleton, self.view, self.device):
-            proof = batch.tokens[:2, :PROOF_TOKENS].to(self.device)
+            proof = lessons.held_out.batch(range(2)).tokens[:, :PROOF_TOKENS].to(self.device)
             self.returns_tuple = prove(self.skeleton, self.view, proof)
-        hidden = int(self.skeleton.model.config.get_text_config().hidden_size)
-        states = Activations((*batch.tokens.shape, hidden), torch.float32, self.target, "unused")
-        windows = Windows(batch.tokens)
-        losses = stream_losses(
-            self.skeleton, self.view, windows, states, returns_tuple=self.returns_tuple, device=self.device
-        )  # [n, seq - 1]
-        learned = batch.labels[:, 1:] != IGNORED
-        return float(losses[learned].double().mean())
+        return held_out_loss(self, self.view, lessons)
+
+
+def held_out_loss(model: Runnable, reader: DenseReader, lessons: Lessons) -> float:
+    """The mean loss of a model on the held-out rows, nats a token, in float32 and one block in memory at a time."""
+    batch = lessons.held_out.batch(range(len(lessons.held_out)))
+    hidden = int(model.skeleton.model.config.get_text_config().hidden_size)
+    states = Activations((*batch.tokens.shape, hidden), torch.float32, model.target, "unused")
+    windows, returns_tuple = Windows(batch.tokens), model.returns_tuple
+    losses = stream_losses(model.skeleton, reader, windows, states, returns_tuple=returns_tuple, device=model.device)
+    learned = batch.labels[:, 1:] != IGNORED  # [n, seq - 1]
+    return float(losses[learned].double().mean())

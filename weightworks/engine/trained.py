@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+import math
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -16,9 +18,13 @@ from weightworks.store.writer import CheckpointWriter
 from weightworks.stream.linears import turned
 from weightworks.stream.whole import Whole
 
+CURVE = 50  # points of the loss curve that the report has of a round
+
 
 def check_trainable(job: Job) -> None:
     """Refuse what would be trained without its mask, and a training of nothing."""
+    if job.teacher is None and job.method.regime().window is not None:
+        raise MethodError(f"{job.label}: reconstruction imitates the original", hint="name it: --teacher ORIGINAL")
     if not job.changed:
         raise MethodError(f"{job.label}: nothing to train: the model has none of what was asked for")
     masked = job.masks.infos if job.masks is not None else ()
@@ -41,6 +47,15 @@ def given_masks(job: Job) -> Iterator[tuple[str, torch.Tensor]]:
 def masked_tensors(job: Job) -> set[str]:
     """The weights that have a mask in the output."""
     return {spec.name.removesuffix(SUFFIX) for spec in job.side.get(MASKS, ())}
+
+
+def whole(job: Job, dtype: torch.dtype) -> Whole:
+    """The job's model, to be loaded."""
+    head = job.outline.head
+    linears = dict(job.linears)
+    if head is not None and head.tensor in job.subset.adapters:
+        linears[head.tensor] = head
+    return Whole(job.skeleton, job.view, linears, job.subset, dtype, job.device, seed=job.settings.seed)
 
 
 def write_changed(job: Job, writer: CheckpointWriter, model: Whole) -> list[dict[str, Any]]:
@@ -80,3 +95,24 @@ def carry_masks(job: Job, writer: CheckpointWriter) -> None:
 def distance(weight: torch.Tensor, original: torch.Tensor) -> float:
     """|| W' - W ||^2 / || W ||^2."""
     return float((weight - original).square().sum() / original.square().sum().clamp(min=1e-30))
+
+
+def trained_share(job: Job, trained: int) -> float:
+    """``trained`` parameters as a share of the model's."""
+    return trained / sum(math.prod(info.shape) for info in job.checkpoint.tensors.values())
+
+
+def refuse_divergence(job: Job, writer: CheckpointWriter, loss: float, norm: float, where: str) -> None:
+    """Raise :class:`MethodError` for a loss or gradient that is no number; nothing is left, it would come to this again."""
+    if not (math.isfinite(loss) and math.isfinite(norm)):
+        writer.discard()
+        raise MethodError(
+            f"{job.label}: the training diverged: loss {loss}, gradient norm {norm} at {where}",
+            hint="take a smaller --lr; nothing was written",
+        )
+
+
+def curve(losses: Sequence[float], points: int = CURVE) -> list[float]:
+    """At most so many means of equal stretches of ``losses``."""
+    ends = [len(losses) * number // points for number in range(points + 1)]
+    return [round(sum(losses[a:b]) / (b - a), 5) for a, b in itertools.pairwise(ends) if b > a]

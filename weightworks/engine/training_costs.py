@@ -36,6 +36,8 @@ def estimate_training(job: Job, lessons: Lessons, *, probe: tuple[int, int], dty
     regime = job.method.regime()
     limit = job.settings.memory_limit or free_memory() + resident()
     sizes = sizes_of(job, None, probe, dtype)
+    if regime.window is not None:
+        return _estimate_blocks(job, sizes, lessons, dtype, limit)
     recompute = bool(regime.recompute)
     phases = _phases(job, sizes, lessons, dtype, recompute=recompute)
     if regime.recompute is None and max(phases.values()) > limit:
@@ -61,6 +63,71 @@ def estimate_training(job: Job, lessons: Lessons, *, probe: tuple[int, int], dty
     )
 
 
+def _estimate_blocks(job: Job, s: Sizes, lessons: Lessons, dtype: torch.dtype, limit: int) -> Estimate:
+    """The estimate where one block after the other is trained: twice in memory, with the activations of all windows."""
+    skeleton, regime = job.skeleton, job.method.regime()
+    config = skeleton.model.config.get_text_config()
+    window = lessons.rows.longest * config.hidden_size * dtype.itemsize
+    copies = 2 + (regime.window != "block") + (regime.inputs == "dense" or regime.targets == "trajectory")
+    states = copies * (len(lessons.rows) + len(lessons.held_out)) * window
+    trained = _counts(job)[0] // len(skeleton.blocks)
+    kept = max(_kept(job, lessons, dtype))
+    probe = 4 * len(lessons.held_out) * lessons.held_out.longest * config.hidden_size
+    block = 2 * dtype.itemsize * s.block_count + HELD * trained + s.block_count  # a mask is bytes
+
+    def phases(*, on_disk: bool) -> dict[str, int]:
+        return with_heap(
+            s.base + s.probe + (0 if on_disk else states),
+            {
+                "training a block": block + kept + STEPPING * s.weight_count,
+                "loading what is outside the blocks": s.outside + s.outside_largest,
+                "scoring": s.outside + probe + 3 * s.logits,
+                "running a block": 4 * s.block_count + max(5 * s.weight_count, 16 * s.inner_count),
+            },
+        )
+
+    on_disk = max(phases(on_disk=False).values()) > limit
+    found, lean = phases(on_disk=on_disk), phases(on_disk=True)
+    blocks = reloadable(job, s, max(lean.values()))
+    found["reloading the result"] = reloading(s, blocks)
+    name = max(found, key=lambda phase: found[phase])
+    return Estimate(
+        output_bytes=job.weight_bytes,
+        disk_bytes=job.weight_bytes + 2 * states,
+        peak_bytes=found[name],
+        peak_phase=name,
+        seconds=_block_seconds(job, lessons, dtype),
+        limit_bytes=limit,
+        on_disk=on_disk,
+        statistics_bytes=0,
+        reload_blocks=blocks,
+    )
+
+
+def _block_seconds(job: Job, lessons: Lessons, dtype: torch.dtype) -> float:
+    """Arithmetic over measured speed: steps of every block, and passes over all windows."""
+    regime, speed = job.method.regime(), speeds()
+    weights = sum(math.prod(linear.shape) for linear in job.linears.values())
+    parts = 2 if regime.window == "both" else 1
+    trained = parts * lessons.passed(regime.steps, regime.batch) * (FORWARD + BACKWARD)
+    passed = (2 + 2 * parts) * lessons.rows.tokens.numel()
+    work = 2.0 * weights * (trained + passed) / speed[str(dtype).removeprefix("torch.")]
+    return SLACK * work + (6 * job.checkpoint.nbytes + 3 * job.weight_bytes) / BYTES_A_SECOND + 3.0
+
+
+def _kept(job: Job, lessons: Lessons, dtype: torch.dtype) -> list[int]:
+    """Bytes that a backward pass needs of each block: activations of a part of a batch, and what adapters make of weights."""
+    regime, config = job.method.regime(), job.skeleton.model.config.get_text_config()
+    tokens = -(-regime.batch // regime.parts) * max(lessons.rows.longest, lessons.held_out.longest)
+    experts = getattr(config, "num_experts_per_tok", None) or 1
+    found = []
+    for block in job.blocks:
+        adapted = sum(math.prod(linear.shape) for linear in block if linear.tensor in job.subset.adapters)
+        own = tokens * (kept_elements(block, experts) + STATES * config.hidden_size)
+        found.append(dtype.itemsize * own + (4 + _cast(dtype)) * adapted)
+    return found
+
+
 def _counts(job: Job) -> tuple[int, int]:
     """Parameters that are trained, and weights that have a mask."""
     trained = sum(job.skeleton.get(name).numel() for name in job.subset.names) + job.subset.added
@@ -73,16 +140,12 @@ def _phases(job: Job, s: Sizes, lessons: Lessons, dtype: torch.dtype, *, recompu
     trained, masked = _counts(job)
     total = sum(skeleton.get(name).numel() for name in skeleton.pieces)
     largest = max((skeleton.get(name).numel() for name in job.subset.names), default=0)
-    adapted = [[linear for linear in block if linear.tensor in job.subset.adapters] for block in job.blocks]
-    effective = [(4 + _cast(dtype)) * sum(math.prod(linear.shape) for linear in block) for block in adapted]
     cast = _cast(dtype) * trained
     weights = (total - trained + job.subset.added) * dtype.itemsize
     config = skeleton.model.config.get_text_config()
     tokens = -(-regime.batch // regime.parts) * max(lessons.rows.longest, lessons.held_out.longest)
     hidden = tokens * config.hidden_size * dtype.itemsize
-    experts = getattr(config, "num_experts_per_tok", None) or 1
-    blocks = [dtype.itemsize * tokens * kept_elements(block, experts) + STATES * hidden for block in job.blocks]
-    blocks = [own + weight for own, weight in zip(blocks, effective, strict=True)]
+    blocks = _kept(job, lessons, dtype)
     activations = len(blocks) * hidden + max(blocks) if recompute else sum(blocks)
     logits = LOGITS * 4 * tokens * config.vocab_size
     held = s.base + weights + HELD * trained + 2 * masked  # masks and signs are bytes

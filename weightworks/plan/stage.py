@@ -18,6 +18,7 @@ from weightworks.engine.finish import copy_rest, finish, stream_perplexity
 from weightworks.engine.job import Job, digest_of
 from weightworks.engine.machine import pick_device
 from weightworks.engine.modelwise import Training
+from weightworks.engine.reconstruct import Reconstruction
 from weightworks.engine.survey import run_surveys
 from weightworks.engine.tensorwise import run_tensorwise
 from weightworks.engine.trained import check_trainable
@@ -161,8 +162,10 @@ def execute(
     try:
         run_surveys(job, writer, None if isinstance(text, Lessons) else text, probe, dtype, on_disk=costs.on_disk)
         if isinstance(text, Lessons):
-            training = Training(job, writer, text, probe, dtype, recompute=costs.recompute)
-            results = training.run()
+            if job.method.regime().window is None:
+                results = Training(job, writer, text, probe, dtype, recompute=costs.recompute).run()
+            else:
+                results = Reconstruction(job, writer, text, probe, dtype, on_disk=costs.on_disk).run()
             copy_rest(job, writer)
             whole = costs.reload_blocks == len(job.skeleton.blocks)
             results["partial"] = results["result"] if whole else None

@@ -29,7 +29,7 @@ def lessons(job: Job) -> Lessons:
     """What the job's method is trained on: windows of a text, or examples where the data set is made of them."""
     settings, regime = job.settings, job.method.regime()
     count = settings.num_samples or regime.windows
-    rows = read_rows(settings.dataset)
+    rows = read_rows(settings.dataset) if regime.window is None else []
     if not are_examples(rows):
         return Lessons.of(read_windows(job, count), regime.held_out, settings.seed)
     return load_examples(

@@ -8,8 +8,10 @@ from typing import Any
 
 def training(facts: Mapping[str, Any]) -> str:
     """How much was trained, for how long, and what the loss on held-out text was before and after."""
-    rounds = len(facts["rounds"])
-    how_long = f"{facts['steps']} steps" + (f" in {rounds} rounds" if rounds > 1 else "")
+    rounds, blocks = len(facts.get("rounds", ())), len(facts.get("blocks", ()))
+    how_long = f"{facts['steps']} steps" + (
+        f" in {rounds} rounds" if rounds > 1 else f" in {blocks} blocks" if blocks else ""
+    )
     losses = facts["held_out"]
     if (teacher := losses.get("teacher")) is not None:
         original = f", {teacher:.4f} of the original"

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 
@@ -15,6 +15,8 @@ from weightworks.options import Options
 
 if TYPE_CHECKING:
     from weightworks.stream.whole import Outline, Subset, Whole
+
+RECONSTRUCTED = 128  # windows that blocks are trained on
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,10 @@ class Regime:
     ``decay`` is AdamW's, of matrices; ``clip`` the norm that gradients are scaled down to, 0 for none; ``held_out`` how many
     windows are set aside. After step ``remember`` of the first round (0: before its first) all trained values are put by, to
     go back to. ``recompute`` runs blocks again in the backward pass; None leaves it to the memory there is.
+
+    With a ``window`` blocks are trained one after the other, in one round each, to give what the original's give: ``inputs``
+    tells whose inputs a block gets, of the pruned model or the original, ``targets`` whether the original's block gets the
+    same (local) or those of its own.
     """
 
     steps: int
@@ -35,11 +41,14 @@ class Regime:
     held_out: int = 16
     remember: int | None = None
     recompute: bool | None = None
+    window: Literal["block", "attn", "mlp", "both"] | None = None
+    inputs: Literal["sparse", "dense"] = "sparse"
+    targets: Literal["local", "trajectory"] = "local"
 
     @property
     def windows(self) -> int:
-        """As many as all steps take, each once, and those held out."""
-        return self.rounds * self.steps * self.batch + self.held_out
+        """As many as all steps take, each once, and those held out; blocks all read the same."""
+        return (self.rounds * self.steps * self.batch if self.window is None else RECONSTRUCTED) + self.held_out
 
 
 class Modelwise(Protocol):

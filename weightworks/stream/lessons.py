@@ -150,11 +150,15 @@ class Lessons:
         }
 
     def batch(self, step: int, size: int) -> Batch:
-        """The rows of a step: all rows come once, in random order, then again in another."""
+        """The rows of a step."""
+        return self.rows.batch(self.places(step, size))
+
+    def places(self, step: int, size: int) -> list[int]:
+        """Their places: all rows come once, in random order, then again in another."""
         count = len(self.rows)
-        places = range(step * size, (step + 1) * size)
-        orders = {epoch: self._order(epoch) for epoch in {place // count for place in places}}
-        return self.rows.batch([orders[place // count][place % count] for place in places])
+        numbers = range(step * size, (step + 1) * size)
+        orders = {epoch: self._order(epoch) for epoch in {number // count for number in numbers}}
+        return [orders[number // count][number % count] for number in numbers]
 
     def passed(self, steps: int, size: int) -> int:
         """Tokens in the rows of so many steps."""

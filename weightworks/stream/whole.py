@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.nn.utils.parametrize import register_parametrization, remove_parametrizations
 
+from weightworks.errors import ArchitectureError
 from weightworks.stream.lessons import keyed
 from weightworks.stream.linears import Linear, read_linear, turned
 from weightworks.stream.skeleton import DenseReader, Skeleton, place
@@ -31,6 +32,36 @@ class Outline:
     skeleton: Skeleton
     linears: Mapping[str, Linear]
     head: Linear | None
+
+    @property
+    def weights(self) -> list[str]:
+        """Parameters that are made of ``linears`` alone."""
+        names = dict.fromkeys(linear.full for linear in self.linears.values())
+        return [name for name in names if all(piece.tensor in self.linears for piece in self.skeleton.pieces[name])]
+
+    def inside(self, name: str) -> bool:
+        """Whether a parameter is one of a block."""
+        return any(name.startswith(prefix + ".") for prefix, _ in self.skeleton.blocks)
+
+    def halves(self, index: int) -> tuple[str, str]:
+        """The modules of a block that hold its attention and its MLP, by their names in it.
+
+        Raises :class:`ArchitectureError` for a block whose linears are not in two such modules.
+        """
+        prefix = self.skeleton.blocks[index][0] + "."
+        counts: dict[str, int] = {}
+        for name in self.skeleton.names_of(index):
+            if self.skeleton.get(name).ndim > 1:
+                child = name.removeprefix(prefix).partition(".")[0]
+                counts[child] = counts.get(child, 0) + 1
+        found = [child for child, count in counts.items() if count > 1]
+        if len(found) != 2 or len(counts) != 2:
+            raise ArchitectureError(
+                f"{type(self.skeleton.blocks[index][1]).__name__}: its weights are in {', '.join(counts)}, not in a module for "
+                "attention and one for the MLP",
+                hint="take --window block",
+            )
+        return found[0], found[1]
 
     @property
     def biases(self) -> list[str]:
@@ -159,6 +190,13 @@ class Whole:
             return self.weight(tensor)
         merged: torch.Tensor = self.adapters[tensor](self.original(tensor))
         return merged
+
+    def mask_zeros(self) -> None:
+        """Take the zeros of trained weights that have no mask as pruned."""
+        bare = {name for name in self.values if name not in self.masks}
+        for tensor, linear in self.linears.items():
+            if linear.full in bare and bool((zeros := self.weight(tensor) == 0).any()):
+                self.mask(tensor).copy_(~zeros)
 
     @torch.no_grad()
     def hold(self) -> None:
