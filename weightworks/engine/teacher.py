@@ -35,12 +35,14 @@ class Teacher:
             return None
         view = DenseView(job.teacher)
         skeleton = build(view, trust_remote_code=job.settings.trust_remote_code)
-        problems = skeleton.mismatches(DenseView(job.checkpoint)) if job.method.regime().window is not None else []
-        if problems or (job.method.regime().window is not None and set(skeleton.pieces) != set(job.skeleton.pieces)):
-            raise MethodError(
-                f"{job.teacher.source}: cannot be imitated block by block: it is of another shape than {job.checkpoint.source}",
-                hint="give the model as it was before it was pruned, or take --mode retrain",
-            )
+        if job.method.regime().window is not None:
+            same = set(skeleton.pieces) == set(job.skeleton.pieces)
+            if not same or skeleton.mismatches(DenseView(job.checkpoint)):
+                raise MethodError(
+                    f"{job.teacher.source}: cannot be imitated block by block: it is of another shape than "
+                    f"{job.checkpoint.source}",
+                    hint="give the model as it was before it was pruned, or take --mode retrain",
+                )
         own, others = (int(one.model.config.get_text_config().vocab_size) for one in (job.skeleton, skeleton))
         if own != others:
             raise MethodError(

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from weightworks.engine.job import Job
+from weightworks.engine.teacher import Teacher
 from weightworks.errors import MethodError
 from weightworks.stage.protocols import Solution
 from weightworks.store.checkpoint import MASKS
@@ -22,9 +23,12 @@ CURVE = 50  # points of the loss curve that the report has of a round
 
 
 def check_trainable(job: Job) -> None:
-    """Refuse what would be trained without its mask, and a training of nothing."""
-    if job.teacher is None and job.method.regime().window is not None:
+    """Refuse a training of nothing, one without the mask it needs, and an imitation of what cannot be imitated."""
+    window = job.method.regime().window
+    if Teacher.of(job) is None and window is not None:
         raise MethodError(f"{job.label}: reconstruction imitates the original", hint="name it: --teacher ORIGINAL")
+    if window not in (None, "block"):
+        job.outline.halves(0)
     if not job.changed:
         raise MethodError(f"{job.label}: nothing to train: the model has none of what was asked for")
     masked = job.masks.infos if job.masks is not None else ()
