@@ -107,20 +107,22 @@ def predicted(place: Path, *words: str | Path) -> dict[str, Any]:
 
 
 WINDOWS = ("--dataset", str(SHORT_TEXT), "--num-samples", "8", "--seq-len", "512")
+TRAINED = ("--dataset", str(SHORT_TEXT), "--seq-len", "256", "--steps", "1", "--batch-size", "4", "--dtype", "float32")
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is measured by /proc")
 def test_peak_memory_is_predicted(tiny_llama: Path, middle: Path, tmp_path: Path) -> None:
     cases: dict[str, tuple[str | Path, ...]] = {
-        "tiny gptq float32": (tiny_llama, *FEW, "--dtype", "float32"),
-        "tiny rtn": (tiny_llama, "--method", "rtn"),
-        "middle rtn": (middle, "--method", "rtn"),
-        "middle gptq bfloat16": (middle, *WINDOWS, "--dtype", "bfloat16"),
-        "middle gptq float32 on disk": (middle, *WINDOWS, "--dtype", "float32", "--max-memory"),
+        "tiny gptq float32": ("quantize", tiny_llama, *FEW, "--dtype", "float32"),
+        "tiny rtn": ("quantize", tiny_llama, "--method", "rtn"),
+        "middle rtn": ("quantize", middle, "--method", "rtn"),
+        "middle gptq bfloat16": ("quantize", middle, *WINDOWS, "--dtype", "bfloat16"),
+        "middle gptq float32 on disk": ("quantize", middle, *WINDOWS, "--dtype", "float32", "--max-memory"),
+        "tiny imp": ("prune", tiny_llama, "--method", "imp", "--rounds", "1", *TRAINED),
     }
 
     def measure(name: str) -> tuple[dict[str, Any], int]:
-        place, words = tmp_path / name, ("quantize", *cases[name])
+        place, words = tmp_path / name, cases[name]
         place.mkdir()
         if words[-1] == "--max-memory":  # so little that activations, 16 MB, must go to disk
             words = (*words, str(predicted(place, *words[:-1])["peak_bytes"] - 8_000_000))

@@ -27,6 +27,7 @@ HELD = 16  # bytes a trained parameter: the value, its gradient, two moments
 STEPPING = 12  # bytes a parameter of the largest while AdamW works on it
 PRUNING = 24  # bytes a weight of the largest while it is pruned: scores, copies to sort, masks
 LOGITS = 3  # tensors of the size of a part's logits, in float32, that a gradient takes
+EFFECTIVE = 8  # bytes an adapted weight: what is multiplied with, and what the allocator leaves of making it
 STATES = 4  # of the size of its hidden states that a block keeps, beside inputs and outputs of its linears
 FORWARD, BACKWARD = 1, 2  # arithmetic of the passes, in forward passes
 
@@ -124,7 +125,8 @@ def _kept(job: Job, lessons: Lessons, dtype: torch.dtype) -> list[int]:
     for block in job.blocks:
         adapted = sum(math.prod(linear.shape) for linear in block if linear.tensor in job.subset.adapters)
         own = tokens * (kept_elements(block, experts) + STATES * config.hidden_size)
-        found.append(dtype.itemsize * own + (4 + _cast(dtype)) * adapted)
+        largest = max((math.prod(linear.shape) for linear in block), default=0) if adapted else 0
+        found.append(dtype.itemsize * own + (EFFECTIVE + _cast(dtype)) * adapted + STEPPING * largest)
     return found
 
 
