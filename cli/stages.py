@@ -12,16 +12,17 @@ from cli.params import JSON, MODEL, QUIET, VERBOSE, given
 from cli.render import emit, pairs, show, show_error
 from weightworks.stage import catalog
 
+OUTPUT = Annotated[
+    Path | None, typer.Option("-o", "--output-dir", help="default: the model's name plus what was done, here")
+]
+DRY_RUN = Annotated[bool, typer.Option("--dry-run", help="print time, memory, disk and output size; write nothing")]
+
 
 def quantize(
     model: MODEL,
     method: Annotated[str, typer.Option("--method", help="quantization method; see: compress methods")] = "gptq",
-    output_dir: Annotated[
-        Path | None, typer.Option("-o", "--output-dir", help="default: the model's name plus what was done, here")
-    ] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="print time, memory, disk and output size; write nothing")
-    ] = False,
+    output_dir: OUTPUT = None,
+    dry_run: DRY_RUN = False,
     json: JSON = False,
     quiet: QUIET = False,
     verbose: VERBOSE = False,
@@ -34,12 +35,8 @@ def quantize(
 def prune(
     model: MODEL,
     method: Annotated[str, typer.Option("--method", help="pruning method; see: compress methods")] = "sparsegpt",
-    output_dir: Annotated[
-        Path | None, typer.Option("-o", "--output-dir", help="default: the model's name plus what was done, here")
-    ] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="print time, memory, disk and output size; write nothing")
-    ] = False,
+    output_dir: OUTPUT = None,
+    dry_run: DRY_RUN = False,
     json: JSON = False,
     quiet: QUIET = False,
     verbose: VERBOSE = False,
@@ -55,12 +52,8 @@ def recover(
     teacher: Annotated[
         str | None, typer.Option("--teacher", metavar="ORIGINAL", help="the model as it was before it was pruned")
     ] = None,
-    output_dir: Annotated[
-        Path | None, typer.Option("-o", "--output-dir", help="default: the model's name plus what was done, here")
-    ] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="print time, memory, disk and output size; write nothing")
-    ] = False,
+    output_dir: OUTPUT = None,
+    dry_run: DRY_RUN = False,
     json: JSON = False,
     quiet: QUIET = False,
     verbose: VERBOSE = False,

@@ -20,7 +20,7 @@ from weightworks.store.masks import Masks
 from weightworks.stream.linears import block_linears
 from weightworks.stream.skeleton import build
 from weightworks.stream.whole import Outline, Whole
-from weightworks.testing.tiny import CALIBRATION_TEXT, make_model
+from weightworks.testing.tiny import CALIBRATION_TEXT
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = torch.device("cpu")
@@ -28,11 +28,6 @@ QUICK: dict[str, Any] = {
     "method": "imp", "steps": 2, "batch_size": 2, "held_out": 2,
     "dataset": str(CALIBRATION_TEXT), "seq_len": 32, "device": "cpu", "dtype": "float32",
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_model(tmp_path_factory.mktemp("small") / "model")
 
 
 def whole(folder: Path, options: Options) -> Whole:
@@ -245,15 +240,14 @@ def test_signs_and_masks_of_every_round_are_reported(small: Path, tmp_path: Path
     assert all(row["relative_change"] > 0 for row in others)
 
 
-def test_what_is_pruned_already_stays_so(small: Path, tmp_path: Path) -> None:
+def test_what_is_pruned_already_stays_so(sparse: Path, tmp_path: Path) -> None:
     """An N:M model pruned further keeps its zeros, though its masks say nothing of magnitudes."""
-    first = pruned(small, method="magnitude", pattern="2:4", output_dir=tmp_path / "first")
-    outcome = pruned(first.target, **QUICK, rounds=2, sparsity=0.6, output_dir=tmp_path / "second")
-    before, after = Masks.of(first.target), Masks.of(outcome.target)
+    outcome = pruned(sparse, **QUICK, rounds=2, sparsity=0.6, output_dir=tmp_path / "second")
+    before, after = Masks.of(sparse), Masks.of(outcome.target)
     assert before is not None
     assert after is not None
     for name in before.infos:
-        shape = Checkpoint.open(first.target).info(name).shape
+        shape = Checkpoint.open(sparse).info(name).shape
         assert not (after.read(name, shape) & ~before.read(name, shape)).any()
         assert int((~after.read(name, shape)).sum()) == round(0.6 * math.prod(shape))
 
@@ -285,8 +279,7 @@ def test_ignored_layers_are_trained_all_the_same(small: Path, tmp_path: Path) ->
     assert not torch.equal(Checkpoint.open(outcome.target).read(name), Checkpoint.open(small).read(name))
 
 
-def test_pruned_weights_cannot_be_left_out(small: Path, tmp_path: Path) -> None:
+def test_pruned_weights_cannot_be_left_out(sparse: Path, tmp_path: Path) -> None:
     """They would be trained, and their zeros lost."""
-    first = pruned(small, method="magnitude", pattern="2:4", output_dir=tmp_path / "first")
     with pytest.raises(MethodError, match="6 weights that the model's masks say are pruned are left out by --ignore"):
-        pruned(first.target, **QUICK, sparsity=0.6, ignore=["*.mlp.*"], output_dir=tmp_path / "second")
+        pruned(sparse, **QUICK, sparsity=0.6, ignore=["*.mlp.*"], output_dir=tmp_path / "second")

@@ -30,24 +30,13 @@ from weightworks.store.masks import Masks
 from weightworks.store.sources import file_digest
 from weightworks.stream.lessons import keyed
 from weightworks.stream.whole import Whole
-from weightworks.testing.tiny import CALIBRATION_TEXT, make_model
+from weightworks.testing.tiny import CALIBRATION_TEXT
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = torch.device("cpu")
 TEXT: dict[str, Any] = {"dataset": str(CALIBRATION_TEXT), "seq_len": 32, "device": "cpu", "dtype": "float32"}
 QUICK: dict[str, Any] = {**TEXT, "steps": 3, "batch_size": 2, "held_out": 2, "lr": 1e-2, "rank": 4}
 KINDS = ("mask_lora", "scale_lora", "spp")
-
-
-@pytest.fixture(scope="module")
-def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_model(tmp_path_factory.mktemp("small") / "model")
-
-
-@pytest.fixture(scope="module")
-def sparse(small: Path) -> Path:
-    """Half of its weights pruned, 2 of every 4."""
-    return prune(small, method="magnitude", pattern="2:4", output_dir=small.parent / "sparse").target
 
 
 Opened = Callable[..., Whole]

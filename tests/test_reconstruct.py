@@ -17,7 +17,7 @@ from weightworks.store.checkpoint import MASKS, Checkpoint
 from weightworks.store.dense import DenseView
 from weightworks.store.masks import Masks
 from weightworks.store.sources import file_digest
-from weightworks.testing.tiny import CALIBRATION_TEXT, make_model
+from weightworks.testing.tiny import CALIBRATION_TEXT
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 QUICK: dict[str, Any] = {
@@ -25,17 +25,6 @@ QUICK: dict[str, Any] = {
     "dataset": str(CALIBRATION_TEXT), "seq_len": 32, "device": "cpu", "dtype": "float32",
 }  # fmt: skip
 DONE = "weightworks.store.writer:CheckpointWriter.done"
-
-
-@pytest.fixture(scope="module")
-def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_model(tmp_path_factory.mktemp("small") / "model")
-
-
-@pytest.fixture(scope="module")
-def sparse(small: Path) -> Path:
-    """Half of its weights pruned, 2 of every 4."""
-    return prune(small, method="magnitude", pattern="2:4", output_dir=small.parent / "sparse").target
 
 
 def windows(outcome: Any) -> list[dict[str, Any]]:

@@ -25,7 +25,7 @@ from weightworks.store.snapshot import Snapshot, write_snapshot
 from weightworks.store.sources import file_digest
 from weightworks.stream.calibration import Calibration
 from weightworks.stream.lessons import Lessons
-from weightworks.testing.tiny import CALIBRATION_TEXT, make_model
+from weightworks.testing.tiny import CALIBRATION_TEXT
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TEXT = {"dataset": str(CALIBRATION_TEXT), "seq_len": 32, "device": "cpu", "dtype": "float32"}
@@ -41,12 +41,6 @@ def words(**options: Any) -> list[str]:
 
 def contents(folder: Path) -> dict[str, str]:
     return {path.name: file_digest(path) for path in sorted(folder.iterdir())}
-
-
-@pytest.fixture(scope="module")
-def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Llama of 330,000 random weights."""
-    return make_model(tmp_path_factory.mktemp("small") / "model")
 
 
 # Schedules.
