@@ -8,8 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from cli.compress_app import JSON, QUIET, VERBOSE
-from cli.params import given, parameters
+from cli.params import JSON, QUIET, VERBOSE, given, parameters
 from cli.render import duration, emit, pairs, show, show_error, size, table
 from weightworks.errors import UsageError
 from weightworks.stage import catalog

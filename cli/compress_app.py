@@ -11,120 +11,14 @@ from typing import Annotated, Any
 
 import typer
 
-from cli import recipes, storing
+from cli import recipes, stages, storing
 from cli.common import guarded, spell, version
-from cli.outcomes import show_estimate, show_outcome
-from cli.params import command, given, parameters
-from cli.render import emit, pairs, show, show_error, table
+from cli.params import JSON, MODEL, QUIET, command, parameters
+from cli.render import emit, pairs, show, table
 from cli.scores import show_scores
 from cli.stats import stats, stats_parameters
 from weightworks.errors import UsageError
 from weightworks.stage import catalog
-
-MODEL = Annotated[
-    str,
-    typer.Argument(metavar="MODEL", help="a local folder, or org/name[@revision] on the hub; MODEL+ADAPTER adds LoRA"),
-]
-JSON = Annotated[bool, typer.Option("--json", help="the report as one JSON object on stdout")]
-QUIET = Annotated[bool, typer.Option("-q", "--quiet", help="errors only")]
-VERBOSE = Annotated[bool, typer.Option("-v", "--verbose", help="more detail")]
-
-
-def quantize(
-    model: MODEL,
-    method: Annotated[str, typer.Option("--method", help="quantization method; see: compress methods")] = "gptq",
-    output_dir: Annotated[
-        Path | None, typer.Option("-o", "--output-dir", help="default: the model's name plus what was done, here")
-    ] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="print time, memory, disk and output size; write nothing")
-    ] = False,
-    json: JSON = False,
-    quiet: QUIET = False,
-    verbose: VERBOSE = False,
-    **values: Any,
-) -> int | None:
-    """Quantize a checkpoint's linear layers to 2, 3, 4 or 8 bits."""
-    return run_method("quantize", model, method, output_dir, dry_run, json, quiet, verbose, values)
-
-
-def prune(
-    model: MODEL,
-    method: Annotated[str, typer.Option("--method", help="pruning method; see: compress methods")] = "sparsegpt",
-    output_dir: Annotated[
-        Path | None, typer.Option("-o", "--output-dir", help="default: the model's name plus what was done, here")
-    ] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="print time, memory, disk and output size; write nothing")
-    ] = False,
-    json: JSON = False,
-    quiet: QUIET = False,
-    verbose: VERBOSE = False,
-    **values: Any,
-) -> int | None:
-    """Set weights of a checkpoint to zero (2:4 keeps 2 of 4), or remove channels, heads, blocks or experts of it."""
-    return run_method("prune", model, method, output_dir, dry_run, json, quiet, verbose, values)
-
-
-def run_method(
-    kind: str,
-    model: str,
-    method: str,
-    output_dir: Path | None,
-    dry_run: bool,
-    json: bool,
-    quiet: bool,
-    verbose: bool,
-    values: dict[str, Any],
-) -> int | None:
-    """Run one method on one checkpoint and tell what came of it."""
-    from weightworks.stage.settings import divide
-
-    entry = catalog.find(kind, method)
-    options, settings = divide(given(values), entry.load().Options, entry.label)  # refused before the libraries load
-
-    from weightworks.plan.stage import run_stage
-    from weightworks.report.progress import Progress
-
-    def announce(resolved: dict[str, Any]) -> None:
-        if not quiet:
-            show(f"{kind} {resolved['model']}")
-            pairs({key: value for key, value in resolved.items() if key != "model"})
-
-    progress = Progress(quiet=quiet, verbose=verbose)
-    outcome = run_stage(
-        kind,
-        method,
-        model,
-        options,
-        settings,
-        output_dir=output_dir,
-        dry_run=dry_run,
-        progress=progress,
-        announce=announce,
-    )
-    if dry_run:
-        facts = outcome.estimate.facts() if outcome.estimate else {}
-        if not quiet:
-            show_estimate(outcome)
-        if json:
-            emit({"target": str(outcome.target), "cached": outcome.cached, "estimate": facts})
-        return 0
-    if not quiet:
-        show_outcome(outcome)
-    if json:
-        emit(
-            {
-                "target": str(outcome.target),
-                "cached": outcome.cached,
-                "seconds": outcome.seconds,
-                **(outcome.provenance or {}),
-            }
-        )
-    if settings.strict and (degraded := outcome.degraded()):
-        show_error(degraded)
-        return degraded.exit_code
-    return 0
 
 
 def evaluate(
@@ -324,9 +218,9 @@ def methods(
 
 
 COMMANDS: dict[str, Callable[..., int | None]] = {
-    "quantize": quantize, "prune": prune, "evaluate": evaluate, "inspect": inspect, "diff": diff, "verify": verify,
-    "export": storing.export, "densify": storing.densify, "stats": stats, "methods": methods, "run": recipes.run,
-    "explain": recipes.explain, "schema": recipes.schema, "recipe": recipes.recipe, "cache": recipes.cache,
+    "quantize": stages.quantize, "prune": stages.prune, "recover": stages.recover, "evaluate": evaluate, "inspect": inspect,
+    "diff": diff, "verify": verify, "export": storing.export, "densify": storing.densify, "stats": stats, "methods": methods,
+    "run": recipes.run, "explain": recipes.explain, "schema": recipes.schema, "recipe": recipes.recipe, "cache": recipes.cache,
 }  # fmt: skip
 
 

@@ -11,8 +11,7 @@ import typer
 
 from cli import adapters
 from cli.common import guarded, spell, version
-from cli.compress_app import JSON, QUIET, VERBOSE
-from cli.params import command, given, parameters
+from cli.params import JSON, QUIET, VERBOSE, command, given, parameters
 from cli.render import duration, emit, pairs, show, show_error, size, table
 from weightworks.stage import catalog
 from weightworks.stage.catalog import Entry

@@ -8,6 +8,7 @@ from cli.render import duration, pairs, show, size
 from weightworks.report.reduction import parameters
 from weightworks.report.reduction import run_time as time_of_smaller
 from weightworks.report.sparsity import factored_run_time, factors, run_time, sparsity, weight_on_disk
+from weightworks.report.training import training
 
 
 def show_estimate(outcome: Any) -> None:
@@ -20,7 +21,7 @@ def show_estimate(outcome: Any) -> None:
         {
             "time": f"about {duration(costs.seconds)}",
             "peak memory": f"about {size(costs.peak_bytes)} ({costs.peak_phase}); allowed {size(costs.limit_bytes)}",
-            "activations": "on disk" if costs.on_disk else "in memory",
+            "activations": "on disk" if costs.on_disk else "recomputed" if costs.recompute else "in memory",
             "disk": f"{size(costs.disk_bytes)} while running",
             "output": f"{costs.output_bytes:,} bytes of weights",
         }
@@ -81,6 +82,8 @@ def worth(facts: dict[str, Any]) -> dict[str, str]:
         told["removed"] = "; ".join(reduction["done"])
         told["parameters"] = parameters(reduction)
         told["run time"] = time_of_smaller(reduction)
+    if "training" in facts:
+        told["training"] = training(facts["training"])
     if "quantized_weights" in sizes:
         told["bits a weight"] = f"{sizes['bits_a_weight']:.3f} in {facts['tensors']['transformed']} quantized tensors"
     return told

@@ -21,6 +21,13 @@ if TYPE_CHECKING:  # help that lists no options does without pydantic
 
     from weightworks.options import Options
 
+MODEL = Annotated[
+    str,
+    typer.Argument(metavar="MODEL", help="a local folder, or org/name[@revision] on the hub; MODEL+ADAPTER adds LoRA"),
+]
+JSON = Annotated[bool, typer.Option("--json", help="the report as one JSON object on stdout")]
+QUIET = Annotated[bool, typer.Option("-q", "--quiet", help="errors only")]
+VERBOSE = Annotated[bool, typer.Option("-v", "--verbose", help="more detail")]
 ALIASES = {"num_samples": ["--nsamples"], "output_dir": ["-o"]}
 OPPOSITES = {"sym": "--asym"}
 NUMBERS = list[float]  # typed as one word, commas between

@@ -1,9 +1,10 @@
 """Compression of checkpoints, from Python.
 
-    from compress import evaluate, prune, quantize
+    from compress import evaluate, prune, quantize, recover
 
     outcome = quantize("examples/tiny-llama", bits=4, output_dir="tiny-llama-w4")
     sparse = prune("examples/tiny-llama", pattern="2:4", output_dir="tiny-llama-2of4")
+    healed = recover("tiny-llama-2of4", dataset="train.txt", steps=100, output_dir="tiny-llama-healed")
     report = evaluate(["examples/tiny-llama", str(outcome.target)], ["held-out.txt"])
 
 They do what the commands of the same names do. Nothing heavy is imported before the first call.
@@ -14,7 +15,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-__all__ = ["evaluate", "prune", "quantize"]
+__all__ = ["evaluate", "prune", "quantize", "recover"]
 
 
 def __getattr__(name: str) -> Any:
@@ -22,7 +23,7 @@ def __getattr__(name: str) -> Any:
         from weightworks.plan.evaluate import evaluate
 
         return evaluate
-    if name in ("prune", "quantize"):
+    if name in ("prune", "quantize", "recover"):
         return importlib.import_module(f"compress.{name}")
     raise AttributeError(f"module 'compress' has no attribute '{name}'")
 

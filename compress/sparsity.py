@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -12,20 +12,12 @@ from weightworks.options import Options
 from weightworks.stage.protocols import Target
 
 
-class SparsityOptions(Options):
-    """Options of pruning single weights."""
+class AmountOptions(Options):
+    """How many weights are pruned, in what pattern, and where."""
 
     sparsity: float = Field(0.5, gt=0, lt=1, description="share of the weights removed; N:M implies it")
     pattern: str = Field(
         "unstructured", description="unstructured, or N:M: N of every M consecutive inputs are KEPT (2:4 keeps 2 of 4)"
-    )
-    budget: Literal["uniform", "owl"] = Field(
-        "uniform", description="share of each block: uniform, or owl: by its share of outliers (unstructured only)"
-    )
-    owl_range: float = Field(0.08, gt=0, lt=0.5, description="owl: how far a block's density may be from the mean")
-    owl_outlier: float = Field(5.0, gt=1, description="owl: an outlier's score is above so many times the mean")
-    repair: Literal["none", "dsnot"] = Field(
-        "none", description="mask repair: dsnot swaps weights until each output's mean error is small"
     )
     ignore: Patterns = Field(default=[], description=IGNORE)
 
@@ -42,10 +34,6 @@ class SparsityOptions(Options):
         if values.get("sparsity", pattern.sparsity) != pattern.sparsity:
             raise ValueError(
                 f"pattern {text} means sparsity = {pattern.sparsity:g}, but {values['sparsity']} was given"
-            )
-        if values.get("budget", "uniform") != "uniform":
-            raise ValueError(
-                f"pattern {text} takes the same share everywhere, so budget = {values['budget']} cannot be"
             )
         return {**values, "sparsity": pattern.sparsity}
 
@@ -75,3 +63,24 @@ class SparsityOptions(Options):
         if pattern is None or shape[1] % pattern.of == 0:
             return None
         return f"width {shape[1]} is not a multiple of {pattern.of}, as the pattern {self.pattern} needs"
+
+
+class SparsityOptions(AmountOptions):
+    """Options of pruning single weights in one pass."""
+
+    budget: Literal["uniform", "owl"] = Field(
+        "uniform", description="share of each block: uniform, or owl: by its share of outliers (unstructured only)"
+    )
+    owl_range: float = Field(0.08, gt=0, lt=0.5, description="owl: how far a block's density may be from the mean")
+    owl_outlier: float = Field(5.0, gt=1, description="owl: an outlier's score is above so many times the mean")
+    repair: Literal["none", "dsnot"] = Field(
+        "none", description="mask repair: dsnot swaps weights until each output's mean error is small"
+    )
+
+    @model_validator(mode="after")
+    def _even(self) -> Self:
+        if self.n_of_m is not None and self.budget != "uniform":
+            raise ValueError(
+                f"pattern {self.pattern} takes the same share everywhere, so budget = {self.budget} cannot be"
+            )
+        return self

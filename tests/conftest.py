@@ -54,6 +54,22 @@ def quantized(compress: Commands, tiny_llama: Path, tmp_path_factory: pytest.Tem
     return target
 
 
+@pytest.fixture(scope="session")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama of two blocks and 330,000 random weights; not to be changed."""
+    from weightworks.testing.tiny import make_model
+
+    return make_model(tmp_path_factory.mktemp("small") / "model")
+
+
+@pytest.fixture(scope="session")
+def sparse(small: Path) -> Path:
+    """The same with half of its weights pruned, 2 of every 4; not to be changed."""
+    from compress import prune
+
+    return prune(small, method="magnitude", pattern="2:4", device="cpu", output_dir=small.parent / "sparse").target
+
+
 @pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
     """For tests of matrices so small that a second thread would only be waited for."""

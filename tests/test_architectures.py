@@ -15,7 +15,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedConfig, PreTrainedModel
 
 from weightworks.errors import ArchitectureError, MethodError
-from weightworks.plan.stage import Outcome, check_windows, run_stage
+from weightworks.plan.stage import Outcome, run_stage
+from weightworks.plan.texts import check_windows
 from weightworks.stage.settings import Settings
 from weightworks.store.checkpoint import Checkpoint
 from weightworks.store.dense import DenseView

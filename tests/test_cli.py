@@ -90,7 +90,7 @@ def test_help_of_quantize_says_what_the_options_mean(compress: Commands) -> None
         "--act-order <str>",
         "--damp-percent <float>",
         "[gptq]",  # an option that not every method has
-        "--nsamples, --num-samples <int> calibration windows; default: 128",
+        "--nsamples, --num-samples <int> windows of text; default: 128 to calibrate, to train as many as the steps take",
         "--seq-len <int> tokens a window; capped by the model; default: 2048",
         "-o, --output-dir",
         "--resume / --no-resume",

@@ -107,6 +107,7 @@ def predicted(place: Path, *words: str | Path) -> dict[str, Any]:
 
 
 WINDOWS = ("--dataset", str(SHORT_TEXT), "--num-samples", "8", "--seq-len", "512")
+TRAINED = ("--dataset", str(SHORT_TEXT), "--seq-len", "256", "--steps", "1", "--batch-size", "4", "--dtype", "float32")
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is measured by /proc")
@@ -119,6 +120,7 @@ def test_peak_memory_is_predicted(tiny_llama: Path, middle: Path, tmp_path: Path
         "middle gptq float32 on disk": ("quantize", middle, *WINDOWS, "--dtype", "float32", "--max-memory"),
         "middle sparsegpt float32": ("prune", middle, *WINDOWS, "--dtype", "float32"),
         "middle wanda bfloat16": ("prune", middle, *WINDOWS, "--method", "wanda", "--dtype", "bfloat16"),
+        "tiny imp": ("prune", tiny_llama, "--method", "imp", "--rounds", "1", *TRAINED),
     }
 
     def measure(name: str) -> tuple[dict[str, Any], int]:

@@ -212,13 +212,12 @@ class Written:
         self.job, self.writer = job, writer
 
     def read(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
-        linear = self.job.linears.get(name)
-        if linear is None:
+        if name not in self.job.changed:
             stored = self.job.view.read(name)  # as it is copied: a sum with an adapter is rounded first
             return stored if dtype is None else stored.to(dtype)
         if self.job.format is None or self.job.scheme is None:
             return self.writer.read(name, dtype)
-        weight = self.job.format.load(self.writer, linear.base, self.job.scheme).dequantize()
+        weight = self.job.format.load(self.writer, self.job.linears[name].base, self.job.scheme).dequantize()
         return weight if dtype is None else weight.to(dtype)
 
     def is_packed(self, name: str) -> bool:

@@ -39,7 +39,8 @@ class Estimate:
 
     Bytes: ``output_bytes`` of weight files, exact; ``disk_bytes`` staging included; ``peak_bytes`` of the process.
     ``on_disk`` says that activations go to disk; ``statistics_bytes`` is the room for one round of statistics;
-    ``reload_blocks`` is how many leading blocks the reload check can hold.
+    ``reload_blocks`` is how many leading blocks the reload check can hold; ``recompute`` says that a training runs blocks
+    again in the backward pass.
     """
 
     output_bytes: int
@@ -51,13 +52,14 @@ class Estimate:
     on_disk: bool
     statistics_bytes: int
     reload_blocks: int
+    recompute: bool = False
 
     def facts(self) -> dict[str, Any]:
         return dict(vars(self))
 
 
 @dataclass(frozen=True)
-class _Sizes:
+class Sizes:
     """Bytes of the things that come and go; a trailing ``_count`` is of elements."""
 
     base: int  # the process as it is, and what the libraries will grow by
@@ -82,7 +84,7 @@ def estimate(
     job: Job | ReduceJob, *, tokens: tuple[int, int] | None, probe: tuple[int, int], dtype: torch.dtype
 ) -> Estimate:
     """The estimate for ``tokens`` calibration windows of a length (None: data-free) and ``probe`` windows."""
-    sizes = _sizes(job, tokens, probe, dtype)
+    sizes = sizes_of(job, tokens, probe, dtype)
     limit = job.settings.memory_limit or free_memory() + resident()
     on_disk, statistics = False, sizes.statistics
     scratch = (2 * sizes.activations + 4 * sizes.probe) if tokens else 0
@@ -103,14 +105,10 @@ def estimate(
         phases = _blockwise_phases(sizes, statistics, on_disk=on_disk)
     if tokens is not None and not hasattr(job.method, "solve"):  # the result is scored afterwards
         phases |= {name: max(held, phases.get(name, 0)) for name, held in _tensorwise_phases(sizes).items()}
-    blocks = len(job.skeleton.blocks)
-    # As many as take no more than the leanest run: by sizes alone, so that every machine checks the same.
     streams = tokens is not None and not by_gradients(job.method)
     lean = _blockwise_phases(sizes, sizes.statistics, on_disk=True) if streams else phases
-    room = max(*lean.values(), sizes.base + RELOADED)
-    fit = (room - _reloading(sizes, 0)) // max(_reloading(sizes, 1) - _reloading(sizes, 0), 1)
-    reload_blocks = max(1, min(blocks, fit))
-    phases["reloading the result"] = _reloading(sizes, reload_blocks)
+    reload_blocks = reloadable(job, sizes, max(lean.values()))
+    phases["reloading the result"] = reloading(sizes, reload_blocks)
     name = max(phases, key=lambda phase: phases[phase])
     return Estimate(
         output_bytes=job.weight_bytes,
@@ -153,7 +151,7 @@ def size(count: float) -> str:
     return f"{count:.3g} TB"
 
 
-def _sizes(job: Job | ReduceJob, tokens: tuple[int, int] | None, probe: tuple[int, int], dtype: torch.dtype) -> _Sizes:
+def sizes_of(job: Job | ReduceJob, tokens: tuple[int, int] | None, probe: tuple[int, int], dtype: torch.dtype) -> Sizes:
     skeleton, tensors = job.skeleton, job.checkpoint.tensors
     config = skeleton.model.config.get_text_config()
 
@@ -169,7 +167,7 @@ def _sizes(job: Job | ReduceJob, tokens: tuple[int, int] | None, probe: tuple[in
     linears = list(job.linears.values())
     windows, length = tokens or probe
     batch = min(windows, batch_windows(length)) * length
-    return _Sizes(
+    return Sizes(
         base=resident() + RUNTIME_BYTES,
         outside=4 * sum(skeleton.get(name).numel() for name in outside),
         outside_stored=sum(tensors[tensor].nbytes for tensor in stored(outside)),
@@ -212,10 +210,10 @@ def _stage_statistics(job: Job | ReduceJob, block: Sequence[Linear]) -> int:
     return max(sums.values(), default=0)
 
 
-def _blockwise_phases(s: _Sizes, statistics: int, *, on_disk: bool) -> dict[str, int]:
+def _blockwise_phases(s: Sizes, statistics: int, *, on_disk: bool) -> dict[str, int]:
     """Peak bytes by phase of the blockwise engine."""
     block = s.block_count * s.width
-    return _with_heap(
+    return with_heap(
         s.base + 2 * s.probe + (0 if on_disk else s.activations),
         {
             "loading what is outside the blocks": s.outside + s.outside_largest,
@@ -227,9 +225,9 @@ def _blockwise_phases(s: _Sizes, statistics: int, *, on_disk: bool) -> dict[str,
     )
 
 
-def _tensorwise_phases(s: _Sizes) -> dict[str, int]:
+def _tensorwise_phases(s: Sizes) -> dict[str, int]:
     """Peak bytes by phase of the tensorwise engine and of the passes that score its result."""
-    return _with_heap(
+    return with_heap(
         s.base + s.probe,
         {
             "loading what is outside the blocks": s.outside + s.outside_largest,
@@ -241,7 +239,7 @@ def _tensorwise_phases(s: _Sizes) -> dict[str, int]:
 
 
 def _gradient_phases(
-    job: Job | ReduceJob, s: _Sizes, tokens: tuple[int, int], limit: int
+    job: Job | ReduceJob, s: Sizes, tokens: tuple[int, int], limit: int
 ) -> tuple[bool, int, dict[str, int]]:
     """Whether gradients between blocks go to disk, the room for a round of traces, and peak bytes by phase.
 
@@ -255,7 +253,7 @@ def _gradient_phases(
     least, most = max(map(max, filter(None, traces))), max(map(sum, traces))
 
     def phases(room: int, *, on_disk: bool) -> dict[str, int]:
-        return _with_heap(
+        return with_heap(
             s.base + s.probe + (0 if on_disk else s.activations),
             {
                 "loading what is outside the blocks": s.outside + s.outside_largest,
@@ -270,13 +268,22 @@ def _gradient_phases(
     return on_disk, room, phases(room, on_disk=on_disk)
 
 
-def _with_heap(kept: int, phases: dict[str, int]) -> dict[str, int]:
+def with_heap(kept: int, phases: dict[str, int]) -> dict[str, int]:
     """``kept`` and each phase's own bytes, with those that the allocator keeps of what other phases have freed."""
     heap = min(HEAP_BYTES, max(phases.values()))
     return {name: kept + heap + own for name, own in phases.items()}
 
 
-def _reloading(s: _Sizes, blocks: int) -> int:
+def reloadable(job: Job | ReduceJob, sizes: Sizes, lean: int) -> int:
+    """How many leading blocks of the result are loaded to check it: as many as take no more than the leanest run, ``lean``
+    bytes; by sizes alone, so that every machine checks the same.
+    """
+    room = max(lean, sizes.base + RELOADED)
+    fit = (room - reloading(sizes, 0)) // max(reloading(sizes, 1) - reloading(sizes, 0), 1)
+    return max(1, min(len(job.skeleton.blocks), fit))
+
+
+def reloading(s: Sizes, blocks: int) -> int:
     """Peak bytes of stock transformers with so many blocks: the mapped file while it loads, then decoding or logits."""
     file, packed, dense = (
         s.outside_stored + blocks * s.block_stored,

@@ -90,7 +90,7 @@ def copy_rest(job: Job, writer: CheckpointWriter) -> None:
     if "copied" in writer.steps:
         return
     for name in job.checkpoint.tensors:
-        if name not in job.linears:
+        if name not in job.changed:
             writer.copy_from(job.checkpoint, name)
     writer.done("copied")
 

@@ -32,19 +32,21 @@ from weightworks.store.dense import DenseView
 from weightworks.store.factors import factor_specs
 from weightworks.store.formats import Format, find_format
 from weightworks.store.manifest import read_provenance
-from weightworks.store.masks import SUFFIX, mask_spec, pack_bits
+from weightworks.store.masks import SUFFIX, Masks, mask_spec, pack_bits
 from weightworks.store.packing import IntScheme, Quantized
 from weightworks.store.shards import planned_bytes
 from weightworks.store.tensorfile import TensorSpec
-from weightworks.stream.linears import Linear, block_linears
+from weightworks.stream.linears import Linear, block_linears, head_linear
 from weightworks.stream.skeleton import Skeleton, build
+from weightworks.stream.whole import Outline, Subset
 
 NUMERIC = ("torch", "numpy", "scipy", "transformers", "safetensors")  # versions that may change a bit of the output
 
 
 @dataclass
 class Job:
-    """A method applied to a checkpoint, planned but not run. ``label`` is ``quantize.gptq``; ``target`` the output."""
+    """A method applied to a checkpoint, planned but not run. ``label`` is ``quantize.gptq``; ``target`` the output; ``teacher``
+    the model that a recovery is measured by."""
 
     label: str
     version: int
@@ -54,6 +56,7 @@ class Job:
     target: Path
     progress: Progress
     device: torch.device
+    teacher: Checkpoint | None = None
     skeleton: Skeleton = field(init=False)
     blocks: list[list[Linear]] = field(init=False)
     kept: dict[str, str] = field(init=False, default_factory=dict)  # matrices inside blocks left as they are, and why
@@ -84,6 +87,28 @@ class Job:
     def linears(self) -> dict[str, Linear]:
         """All weights to be changed, by checkpoint name."""
         return {linear.tensor: linear for block in self.blocks for linear in block}
+
+    @cached_property
+    def masks(self) -> Masks | None:
+        """The masks of what was pruned before."""
+        return Masks.of(self.checkpoint.root)
+
+    @cached_property
+    def outline(self) -> Outline:
+        """What there is to train."""
+        dtypes = {name: info.dtype for name, info in self.checkpoint.tensors.items()}
+        return Outline(self.skeleton, self.linears, head_linear(self.skeleton, dtypes))
+
+    @cached_property
+    def subset(self) -> Subset:
+        """What a method that trains trains; nothing for another."""
+        found: Subset = self.method.subset(self.outline) if hasattr(self.method, "subset") else Subset(())
+        return found
+
+    @cached_property
+    def changed(self) -> set[str]:
+        """All tensors that are not copied."""
+        return self.subset.tensors(self.skeleton) if hasattr(self.method, "subset") else set(self.linears)
 
     def held(self, columns: int) -> int:
         """Bytes of the statistics of an input of so many columns."""
@@ -175,7 +200,8 @@ class Job:
 
     @cached_property
     def side(self) -> dict[str, list[TensorSpec]]:
-        """Files of tensors beside the weights: the masks of a method that prunes, or the factors of one that factors."""
+        """Files of tensors beside the weights: the masks of a method that prunes, or those a training has held; the factors of
+        one that factors."""
         if hasattr(self.method, "factored"):
             sizes = {name: self.method.factored(linear.shape) for name, linear in self.linears.items()}
             of = self.linears.items()
@@ -183,7 +209,11 @@ class Job:
                 FACTORS: [spec for name, one in of for spec in factor_specs(name, one.shape, sizes[name], one.dtype)]
             }
         if not getattr(self.method, "masks", False):
-            return {}
+            if self.masks is None or not hasattr(self.method, "subset"):
+                return {}
+            return {
+                MASKS: [TensorSpec(name + SUFFIX, info.shape, info.dtype) for name, info in self.masks.infos.items()]
+            }
         return {MASKS: [mask_spec(linear.tensor, self._stored_shape(linear)) for linear in self.linears.values()]}
 
     def _stored_shape(self, linear: Linear) -> tuple[int, int]:
@@ -255,11 +285,12 @@ class Job:
         """One line a matrix that is as large as those changed, yet of a kind (fused experts) that is left as it is."""
         smallest = min(linear.shape[0] * linear.shape[1] for linear in self.linears.values())
         sizes = {name: math.prod(self.checkpoint.tensors[name].shape) for name in self.kept}
-        return [
+        left = [
             f"{name}: left as it is, {reason}"
             for name, reason in self.kept.items()
             if reason != "ignored" and sizes[name] >= smallest
         ]
+        return [*left, *self.subset.fallbacks]
 
     def ignored_modules(self) -> list[str]:
         """Names of linear layers that stay as they are, as loaders must be told (model's and checkpoint's spelling)."""
@@ -279,7 +310,7 @@ class Job:
 
     def account(self) -> dict[str, Any]:
         """What became of every input tensor: transformed or copied, with the reason a matrix was left as it is."""
-        copied = [name for name in self.checkpoint.tensors if name not in self.linears]
+        copied = [name for name in self.checkpoint.tensors if name not in self.changed]
         left = {
             name: self.kept.get(name, "unused by the model")
             for name in copied
@@ -287,7 +318,7 @@ class Job:
         }
         return {
             "input": len(self.checkpoint.tensors),
-            "transformed": len(self.linears),
+            "transformed": len(self.changed),
             "copied": len(copied),
             "dropped": 0,
             "left_as_they_are": left,
@@ -313,7 +344,8 @@ class Job:
 
     def origin(self) -> dict[str, Any]:
         """What the output was made from, for its provenance."""
-        return origin(self.checkpoint)
+        taught = {} if self.teacher is None else {"teacher": origin(self.teacher)}
+        return {**origin(self.checkpoint), **taught}
 
     def card(self, provenance: dict[str, Any]) -> str:
         """The model card of the output."""
@@ -345,6 +377,7 @@ def identity_of(job: Identified, **facts: Any) -> dict[str, Any]:
         "weightworks": weightworks.__version__,
         "options": job.options.resolved(),
         "input": job.checkpoint.digest,
+        **({} if (teacher := getattr(job, "teacher", None)) is None else {"teacher": teacher.digest}),
         "max_shard_size": job.settings.shard_bytes,
         "seed": job.settings.seed,
         "environment": environment(job.device),

@@ -66,16 +66,9 @@ def fisher_specs(job: Job) -> list[TensorSpec]:
     """The tensors of a file of Fisher information: every parameter of the model, by the checkpoint's tensors."""
     return [
         TensorSpec(f"fisher.{piece.tensor}", job.view.shape(piece.tensor), torch.float32)
-        for name in learned(job)
+        for name in job.skeleton.learnable
         for piece in job.skeleton.pieces[name]
     ]
-
-
-def learned(job: Job) -> list[str]:
-    """Parameters that have gradients, tied ones once."""
-    skeleton = job.skeleton
-    found = ((name, skeleton.get(name)) for name in skeleton.pieces)
-    return [name for name, tensor in found if isinstance(tensor, nn.Parameter) and tensor.is_floating_point()]
 
 
 def gather_fisher(job: Job, writer: CheckpointWriter, tokens: torch.Tensor, *, labels: str) -> list[str]:
@@ -85,7 +78,7 @@ def gather_fisher(job: Job, writer: CheckpointWriter, tokens: torch.Tensor, *, l
     of different positions are uncorrelated and the squared gradient of a window's sum is an unbiased estimate of the sum of
     the squares. With ``labels="text"`` they are the text's own tokens, and the squares are of whole windows.
     """
-    skeleton, names = job.skeleton, learned(job)
+    skeleton, names = job.skeleton, job.skeleton.learnable
     skeleton.load(job.view, list(skeleton.pieces), torch.float32, job.device)
     sums: dict[str, torch.Tensor] = {}
     for name in names:
@@ -133,7 +126,7 @@ def drawn(logits: torch.Tensor, seed: int, number: int) -> torch.Tensor:
 
 def fisher_bytes(job: Job, length: int) -> int:
     """Memory that gathering Fisher information takes with windows of ``length`` tokens, beyond the process itself."""
-    shapes = [job.view.shape(piece.tensor) for name in learned(job) for piece in job.skeleton.pieces[name]]
+    shapes = [job.view.shape(piece.tensor) for name in job.skeleton.learnable for piece in job.skeleton.pieces[name]]
     counts = list(map(math.prod, shapes))
     config = job.skeleton.model.config.get_text_config()
     states = STATES * hidden_size(job) * len(job.skeleton.blocks)

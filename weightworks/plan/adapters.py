@@ -17,7 +17,8 @@ from weightworks.engine.extracting import ROW_BYTES, ExtractJob
 from weightworks.engine.finish import prove_written, publish, stream_perplexity
 from weightworks.engine.machine import free_memory, pick_device, resident
 from weightworks.errors import ResourceError, UsageError, WeightworksError
-from weightworks.plan.stage import Outcome, check_windows, finished, keep_inputs, log_path, short_name
+from weightworks.plan.stage import Outcome, finished, keep_inputs, log_path, short_name
+from weightworks.plan.texts import check_windows
 from weightworks.report.progress import Progress
 from weightworks.stage import catalog
 from weightworks.stage.settings import Settings

@@ -69,7 +69,8 @@ def material(stage: Stage, inputs: Mapping[str, Any], digests: Digests) -> dict[
     module = entry.load()
     options = module.Options(**stage.options)
     settings = Settings(**stage.settings)
-    watches = reads_text(module.Method(options))
+    method = module.Method(options)
+    watches = reads_text(method)
     matter = ["seed", "device", "trust_remote_code"]
     matter += [*CALIBRATION] if watches else []
     matter += [SHARDS] if stage.kind != "score" else []
@@ -89,17 +90,22 @@ def material(stage: Stage, inputs: Mapping[str, Any], digests: Digests) -> dict[
         facts["calibration"] = calibration(settings.dataset, digests)
     if text := getattr(options, "renormalise", None):
         facts["calibration"] = calibration(text, digests)
-    if hasattr(module.Method, "files"):
-        facts["files"] = {str(path): digests.file(path) for path in module.Method(options).files()}
+    if hasattr(method, "files"):
+        facts["files"] = {str(path): digests.file(path) for path in method.files()}
     return facts
 
 
 def reads_text(method: Any) -> bool:
-    """Whether a method, or a survey it asks for, looks at the inputs that a calibration text makes."""
+    """Whether a method, or a survey it asks for, looks at the inputs that a text makes, or trains on it."""
     merges = hasattr(method, "merge")  # their surveys are others
     surveys = method.surveys() if hasattr(method, "surveys") and not merges else ()
     reads = any(hasattr(method, name) for name in ("watch", "trace", "reduces"))
-    return reads or any(survey.watch is not None for survey in surveys)
+    return reads or trains(method) or any(survey.watch is not None for survey in surveys)
+
+
+def trains(method: Any) -> bool:
+    """Whether a method is of the shape that trains."""
+    return hasattr(method, "regime")
 
 
 def calibration(dataset: str, digests: Digests) -> Any:

@@ -33,10 +33,8 @@ class Lineage:
         for name, known in self.stages.items():
             if known["stage"] == made["stage"]:
                 return name
-        digests = made["identity"]["input"]
-        inputs = {
-            role: [self._input(*pair) for pair in pairs] for role, pairs in _inputs(made["source"], digests).items()
-        }
+        found = _inputs(made["source"], made["identity"])
+        inputs = {role: [self._input(*pair) for pair in pairs] for role, pairs in found.items()}
         name = self._free(called or made["identity"]["method"].partition(".")[2])
         facts = {key: made.get(key) for key in ("stage", "identity", "source", "calibration")}
         self.stages[name] = {**facts, "from": inputs}
@@ -59,10 +57,12 @@ class Lineage:
         return name
 
 
-def _inputs(source: Mapping[str, Any], digests: Any) -> dict[str, list[tuple[Mapping[str, Any], str]]]:
-    """The inputs of a stage by role, each with its digest: one model, or those of a merge."""
+def _inputs(source: Mapping[str, Any], identity: Mapping[str, Any]) -> dict[str, list[tuple[Mapping[str, Any], str]]]:
+    """The inputs of a stage by role, each with its digest: one model and perhaps its teacher, or those of a merge."""
+    digests = identity["input"]
     if "models" not in source:
-        return {"model": [(source, digests)]}
+        taught = {"teacher": [(source["teacher"], identity["teacher"])]} if "teacher" in source else {}
+        return {"model": [(source, digests)], **taught}
     found = {"models": list(zip(source["models"], digests["models"], strict=True))}
     for role in ("base", "earlier"):
         if source.get(role):

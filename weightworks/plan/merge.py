@@ -21,7 +21,8 @@ from weightworks.engine.side import matrix_bytes
 from weightworks.errors import ResourceError, WeightworksError
 from weightworks.plan.heldout import costs, digests, fit, held_out
 from weightworks.plan.renormalising import Renormalising
-from weightworks.plan.stage import Outcome, check_windows, finished, keep_inputs, log_path, short_name, stored_dtype
+from weightworks.plan.stage import Outcome, finished, keep_inputs, log_path, short_name
+from weightworks.plan.texts import check_windows, stored_dtype
 from weightworks.plan.tying import alike
 from weightworks.plan.vocabularies import matched
 from weightworks.report.progress import Progress

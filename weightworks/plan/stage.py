@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,26 +17,28 @@ from weightworks.engine.executor import Executor
 from weightworks.engine.finish import copy_rest, finish, stream_perplexity
 from weightworks.engine.gradients import Backward, solved
 from weightworks.engine.job import Job, digest_of
-from weightworks.engine.machine import compute_dtype, free_memory, pick_device
+from weightworks.engine.machine import pick_device
+from weightworks.engine.modelwise import Training
+from weightworks.engine.reconstruct import Reconstruction
 from weightworks.engine.reducing import ReduceJob, Run, reduce
 from weightworks.engine.survey import run_surveys
 from weightworks.engine.tensorwise import run_tensorwise
-from weightworks.errors import CalibrationError, DegradedError, OutputError, ResourceError, WeightworksError
-from weightworks.plan.keys import reads_text
+from weightworks.engine.trained import check_trainable
+from weightworks.engine.training_costs import estimate_training
+from weightworks.errors import DegradedError, OutputError, ResourceError, WeightworksError
+from weightworks.plan.keys import reads_text, trains
 from weightworks.plan.reduce import plan_reduction
+from weightworks.plan.texts import Text, calibrate, check_windows, dtype_of_passes, lessons
 from weightworks.report.progress import Progress
 from weightworks.stage import catalog
 from weightworks.stage.protocols import by_gradients
 from weightworks.stage.settings import Settings
 from weightworks.store.checkpoint import FACTORS, Checkpoint
 from weightworks.store.manifest import changed_files, read_provenance
+from weightworks.store.sources import file_digest
 from weightworks.store.writer import CheckpointWriter, check_target
-from weightworks.stream.builtin import verification_text
-from weightworks.stream.calibration import Calibration, encode_all, load_tokenizer, load_windows
+from weightworks.stream.lessons import Lessons
 from weightworks.stream.memory import ran_out
-from weightworks.stream.skeleton import Skeleton
-
-PROBE_WINDOWS, PROBE_LENGTH = 4, 256  # the check text: enough to tell a broken folder from a sound one
 
 
 @dataclass
@@ -70,63 +73,81 @@ def run_stage(
     options: dict[str, Any],
     settings: Settings,
     *,
+    teacher: str | None = None,
     output_dir: Path | None = None,
     dry_run: bool = False,
     progress: Progress | None = None,
     announce: Callable[[dict[str, Any]], None] = lambda resolved: None,
-    called: str | None = None,
+    called: Mapping[str, str] | None = None,
     executor: Executor | None = None,
 ) -> Outcome:
     """Run method ``kind.name`` on ``model``. ``announce`` is given the resolved configuration before work starts.
 
-    ``called`` is what provenance and card call the input, in place of the path: where it lies in a workspace is no part of
-    what it is. ``executor`` takes tensors that can be worked on apart from the others.
+    ``teacher`` is the model that a recovery is measured by. ``called`` is what provenance and card call the inputs, in place of
+    their paths: where they lie in a workspace is no part of what they are. ``executor`` takes tensors that can be worked on
+    apart from the others.
     """
     started = time.monotonic()
     progress = progress or Progress(quiet=True)
     entry = catalog.find(kind, name)
     module = entry.load()
     method = module.Method(module.Options.parse(options, where=entry.label))
-    checkpoint = Checkpoint.open(model, allow_pickle=settings.allow_pickle)
-    checkpoint = checkpoint if called is None else replace(checkpoint, source=called)
+    checkpoint = opened(model, settings, called)
+    original = None if teacher is None else opened(teacher, settings, called)
     target = (output_dir or default_target(checkpoint, name, method.options)).absolute()
-    keep_inputs(target, [checkpoint])
+    keep_inputs(target, [checkpoint, *([original] if original else [])])
     if target.exists() and (not target.is_dir() or read_provenance(target) is None):
         check_target(target, overwrite=settings.overwrite)
-    make = plan_reduction if hasattr(method, "reduces") else Job
-    job = make(
-        entry.label, module.VERSION, method, settings, checkpoint, target, progress, pick_device(settings.device)
-    )
-    calibration = calibrate(job) if reads_text(method) else None
+    device = pick_device(settings.device)
+    parts = entry.label, module.VERSION, method, settings, checkpoint, target, progress, device
+    job = plan_reduction(*parts) if hasattr(method, "reduces") else Job(*parts, original)
+    text: Text | None = None
+    if isinstance(job, Job) and trains(method):
+        check_trainable(job)
+        text = lessons(job)
+    elif reads_text(method):
+        text = calibrate(job)
     probe = check_windows(checkpoint, job.skeleton, trust_remote_code=settings.trust_remote_code)
     dtype = torch.float32  # also what gradients are computed in
-    if calibration is not None and not by_gradients(method):
-        dtype = compute_dtype(settings.dtype, stored_dtype(checkpoint), job.device)
-    data = {} if calibration is None else {"calibration": calibration.digest, "dtype": str(dtype)}
-    announce(resolved(job, calibration, dtype))
+    if text is not None and not by_gradients(method):
+        dtype = dtype_of_passes(job)
+    data: dict[str, Any] = {} if text is None else {"calibration": text.digest, "dtype": str(dtype)}
+    announce(resolved(job, text, dtype))
     if not dry_run or target.exists():  # the identity takes reading every byte of the input, once
+        if hasattr(method, "files"):
+            data["files"] = {str(path): file_digest(path) for path in method.files()}
         identity = job.identity(**data, **entry.version_facts())
         if (done := finished(target, identity)) is not None and not settings.overwrite:
             return Outcome(target, None, done, cached=True, seconds=time.monotonic() - started)
     if not dry_run:
         check_target(target, overwrite=settings.overwrite)
-    costs = estimate(
-        job,
-        tokens=None if calibration is None else (calibration.tokens.shape[0], calibration.tokens.shape[1]),
-        probe=(probe.shape[0], probe.shape[1]),
-        dtype=dtype,
-    )
+    costs = estimated(job, text, (probe.shape[0], probe.shape[1]), dtype)
     if dry_run:
         return Outcome(target, costs, None, seconds=time.monotonic() - started)
     refuse(costs, target)
-    provenance = execute(job, identity, calibration, probe, dtype, costs, executor)
+    provenance = execute(job, identity, text, probe, dtype, costs, executor)
     return Outcome(target, costs, provenance, seconds=time.monotonic() - started)
+
+
+def opened(model: str, settings: Settings, called: Mapping[str, str] | None) -> Checkpoint:
+    """An input, under the name that it is called by."""
+    checkpoint = Checkpoint.open(model, allow_pickle=settings.allow_pickle)
+    return replace(checkpoint, source=called[model]) if called and model in called else checkpoint
+
+
+def estimated(job: Job | ReduceJob, text: Text | None, probe: tuple[int, int], dtype: torch.dtype) -> Estimate:
+    """What the job will take."""
+    if isinstance(text, Lessons):
+        assert isinstance(job, Job)
+        return estimate_training(job, text, probe=probe, dtype=dtype)
+    tokens = None if text is None else (text.tokens.shape[0], text.tokens.shape[1])
+    return estimate(job, tokens=tokens, probe=probe, dtype=dtype)
 
 
 def execute(
     job: Job | ReduceJob,
     identity: dict[str, Any],
-    calibration: Calibration | None,
+    text: Text | None,
     probe: torch.Tensor,
     dtype: torch.dtype,
     costs: Estimate,
@@ -146,12 +167,21 @@ def execute(
     )
     job.progress.log_to(log_path(job.target))
     try:
+        calibration = None if isinstance(text, Lessons) else text
         if isinstance(job, ReduceJob):
             assert calibration is not None
             run = Run(writer, calibration, probe, dtype, costs.on_disk, costs.statistics_bytes)
             return reduce(job, run, identity, calibrated(job, calibration, dtype), costs.reload_blocks)
         run_surveys(job, writer, calibration, probe, dtype, on_disk=costs.on_disk)
-        if calibration is not None and hasattr(job.method, "solve"):
+        if isinstance(text, Lessons):
+            if job.method.regime().window is None:
+                results = Training(job, writer, text, probe, dtype, recompute=costs.recompute).run()
+            else:
+                results = Reconstruction(job, writer, text, probe, dtype, on_disk=costs.on_disk).run()
+            copy_rest(job, writer)
+            whole = costs.reload_blocks == len(job.skeleton.blocks)
+            results["partial"] = results["result"] if whole else None
+        elif calibration is not None and hasattr(job.method, "solve"):
             results = Blockwise(
                 job,
                 writer,
@@ -179,9 +209,10 @@ def execute(
         facts: dict[str, Any] = {
             "size": sizes(job, results["rows"]),
             "quality": {key: results[key] for key in ("dense", "result")},
+            **({"training": results["training"]} if "training" in results else {}),
         }
-        if calibration is not None:
-            facts |= calibrated(job, calibration, dtype)
+        if text is not None:
+            facts |= calibrated(job, text, dtype)
         return finish(
             job,
             writer,
@@ -207,62 +238,10 @@ def execute(
         job.progress.close()
 
 
-def calibrated(job: Job | ReduceJob, calibration: Calibration, dtype: torch.dtype) -> dict[str, Any]:
-    """What the provenance says of the calibration."""
+def calibrated(job: Job | ReduceJob, text: Text, dtype: torch.dtype) -> dict[str, Any]:
+    """What the provenance says of the text."""
     name = str(dtype).removeprefix("torch.")
-    return {"calibration": {"dataset": job.settings.dataset, "dtype": name, **calibration.facts()}}
-
-
-def calibrate(job: Job | ReduceJob) -> Calibration:
-    """The job's calibration windows, as its settings ask for them."""
-    settings = job.settings
-    length = min(settings.seq_len, context_length(job.skeleton))
-    if settings.dataset == "self":
-        from weightworks.stream.selfwritten import write_windows
-
-        return write_windows(
-            job.checkpoint,
-            settings.num_samples,
-            length,
-            settings.seed,
-            free_bytes=settings.memory_limit or free_memory(),
-            trust_remote_code=settings.trust_remote_code,
-        )
-    return load_windows(
-        settings.dataset,
-        job.checkpoint.root,
-        num_samples=settings.num_samples,
-        seq_len=length,
-        seed=settings.seed,
-        trust_remote_code=settings.trust_remote_code,
-    )
-
-
-def check_windows(checkpoint: Checkpoint, skeleton: Skeleton, *, trust_remote_code: bool) -> torch.Tensor:
-    """Windows int64 [n, seq] of the built-in check text; seeded random tokens where there is no tokenizer."""
-    length = min(PROBE_LENGTH, context_length(skeleton))
-    try:
-        tokenizer = load_tokenizer(checkpoint.root, trust_remote_code=trust_remote_code)
-    except CalibrationError:
-        vocabulary = skeleton.model.config.get_text_config().vocab_size
-        generator = torch.Generator().manual_seed(0)
-        return torch.randint(vocabulary, (PROBE_WINDOWS, length), generator=generator)
-    tokens = encode_all(tokenizer, [verification_text()])
-    length = min(length, tokens.numel() // 2)
-    return tokens[: tokens.numel() // length * length].view(-1, length)[:PROBE_WINDOWS]
-
-
-def context_length(skeleton: Skeleton) -> int:
-    """Tokens the model can take, by its configuration."""
-    return skeleton.context_length
-
-
-def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
-    """The dtype most of the checkpoint's bytes have."""
-    amounts: dict[torch.dtype, int] = {}
-    for info in checkpoint.tensors.values():
-        amounts[info.dtype] = amounts.get(info.dtype, 0) + info.nbytes
-    return max(amounts, key=lambda dtype: amounts[dtype])
+    return {"calibration": {"dataset": job.settings.dataset, "dtype": name, **text.facts()}}
 
 
 def keep_inputs(target: Path, checkpoints: Iterable[Checkpoint]) -> None:
@@ -317,17 +296,14 @@ def finished(target: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
     return provenance
 
 
-def resolved(job: Job | ReduceJob, calibration: Calibration | None, dtype: torch.dtype) -> dict[str, Any]:
+def resolved(job: Job | ReduceJob, text: Text | None, dtype: torch.dtype) -> dict[str, Any]:
     """The configuration as it will run, defaults included."""
     facts: dict[str, Any] = {"method": job.label, "model": where(job.checkpoint), "output": str(job.target)}
+    if (teacher := getattr(job, "teacher", None)) is not None:
+        facts["teacher"] = where(teacher)
     facts.update(job.options.resolved())
-    if calibration is not None:
-        windows, length = calibration.tokens.shape
-        facts["calibration"] = f"{windows} windows of {length} tokens from {calibration.source}"
-        if windows < calibration.requested:
-            facts["calibration"] += f" (asked for {calibration.requested}, the text has no more)"
-        if length < job.settings.seq_len:
-            facts["calibration"] += f" (asked for {job.settings.seq_len} tokens, the model takes no more)"
+    if text is not None:
+        facts["training_text" if isinstance(text, Lessons) else "calibration"] = text.told(job.settings.seq_len)
         facts["dtype"] = str(dtype).removeprefix("torch.")
     facts.update(seed=job.settings.seed, device=str(job.device))
     return facts | ({"note": remarks} if (remarks := job.checkpoint.remarks) else {})
@@ -357,10 +333,14 @@ def sizes(job: Job, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
             "factored_bytes": bytes_out - changed + factors,
         }
     elif job.side:
-        kept = {row["tensor"]: row["kept"] for row in rows}
+        kept = {row["tensor"]: row["kept"] for row in rows if "kept" in row}
+        if job.masks is not None and not job.method.masks:
+            kept = {name: job.masks.kept(name) for name in job.masks.infos} | kept  # those that were not worked on too
         masks = sum(spec.nbytes for members in job.side.values() for spec in members)
-        values = sum(count * job.linears[name].dtype.itemsize for name, count in kept.items())
-        facts |= {"masked_weights": weights, "kept_weights": sum(kept.values()), "masks_bytes": masks}
+        pruned = sum(math.prod(job.view.shape(name)) for name in kept)
+        values = sum(count * job.checkpoint.info(name).dtype.itemsize for name, count in kept.items())
+        facts |= {"masked_weights": pruned, "kept_weights": sum(kept.values()), "masks_bytes": masks}
         if job.format is None:
-            facts["bitmask_bytes"] = bytes_out - changed + masks + values
+            dense = sum(job.checkpoint.info(name).nbytes for name in kept)
+            facts["bitmask_bytes"] = bytes_out - dense + masks + values
     return facts

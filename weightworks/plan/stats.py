@@ -25,7 +25,8 @@ from weightworks.engine.statistics import (
 )
 from weightworks.engine.walk import Walk
 from weightworks.errors import OutputError, ResourceError, WeightworksError
-from weightworks.plan.stage import calibrate, check_windows, keep_inputs, log_path, short_name, stored_dtype
+from weightworks.plan.stage import keep_inputs, log_path, short_name
+from weightworks.plan.texts import calibrate, check_windows, stored_dtype
 from weightworks.report.progress import Progress
 from weightworks.stage.settings import Settings
 from weightworks.stage.statistics import StatisticsOptions

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from weightworks.engine.executor import Executor
-from weightworks.errors import CheckpointError, MethodError, ResourceError
+from weightworks.errors import CheckpointError, ResourceError
 from weightworks.plan.keys import differences, environment
 from weightworks.plan.remote import Remote
 from weightworks.plan.workspace import Workspace
@@ -175,8 +175,6 @@ def _run(task: Task, *, dry_run: bool, executor: Executor | None = None) -> Any:
         )
     from weightworks.plan.stage import run_stage
 
-    if set(task.inputs) != {"model"}:
-        raise MethodError(f"{task.kind}.{task.method}: inputs {', '.join(task.inputs)} cannot be run yet")
     _, model = task.inputs["model"][0]
     return run_stage(
         task.kind,
@@ -184,10 +182,11 @@ def _run(task: Task, *, dry_run: bool, executor: Executor | None = None) -> Any:
         model,
         dict(task.options),
         settings,
+        teacher=next((path for _, path in task.inputs.get("teacher", ())), None),
         output_dir=task.target,
         dry_run=dry_run,
         progress=progress,
-        called=called.get(model),
+        called=called,
         executor=executor,
     )
 

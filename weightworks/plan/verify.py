@@ -11,7 +11,7 @@ import torch
 from weightworks.engine.finish import TOLERANCE
 from weightworks.engine.machine import free_memory
 from weightworks.errors import WeightworksError
-from weightworks.plan.stage import check_windows
+from weightworks.plan.texts import check_windows
 from weightworks.store.checkpoint import FACTORS, MASKS, Checkpoint
 from weightworks.store.dense import DenseView
 from weightworks.store.factors import check_factors

@@ -11,6 +11,7 @@ from typing import Any
 from weightworks.report.reduction import parameters
 from weightworks.report.reduction import run_time as time_of_smaller
 from weightworks.report.sparsity import factored_run_time, factors, run_time, sparsity, weight_on_disk
+from weightworks.report.training import training
 from weightworks.store.checkpoint import Checkpoint
 
 TEMPLATE = """---
@@ -65,9 +66,12 @@ def model_card(source: Checkpoint, name: str, provenance: dict[str, Any], dequan
         rows.append(
             ("perplexity on the built-in check text", f"{quality['dense']:.3f} before, {quality['result']:.3f} after")
         )
+    if "training" in provenance:
+        rows.append(("training", training(provenance["training"])))
     if provenance.get("calibration"):
         facts = provenance["calibration"]
-        rows.append(("calibration", f"{facts['source']}, {facts['windows']} windows of {facts['seq_len']} tokens"))
+        what = "training text" if "training" in provenance else "calibration"
+        rows.append((what, f"{facts['source']}, {facts['windows']} windows of {facts['seq_len']} tokens"))
     rows.append(("checked with", provenance["checks"]["loader"]))
     if "quantized_weights" in size:
         rows.append(("format", str(options.get("format"))))
@@ -91,6 +95,8 @@ def _done(label: str, options: Mapping[str, Any], *, factored: bool) -> str:
     kind, method = label.split(".")
     bits, group = options.get("bits"), options.get("group_size")
     grid = "one scale a row" if group == -1 else f"groups of {group}"
+    if kind == "recover":
+        return f"trained to win back what pruning cost, zeros held ({method})"
     if kind != "prune":
         return f"quantized to {bits} bits ({method}, {grid})"
     pattern = options.get("pattern", "unstructured")
@@ -300,6 +306,8 @@ def command(provenance: dict[str, Any], source: Checkpoint) -> str:
     identity = provenance["identity"]
     stage, method = identity["method"].split(".")
     words = [f"compress {stage} {source.name} --method {method}"]
+    if (teacher := provenance["source"].get("teacher")) is not None:
+        words.append(f"--teacher {shlex.quote(teacher['name'])}")
     data = provenance.get("calibration", {})
     asked = {
         "dataset": data.get("dataset"),

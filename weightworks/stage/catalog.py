@@ -44,7 +44,7 @@ SCALARS = (bool, int, float, str)
 # holds this against the commands and the settings of a run.
 RESERVED = """
 model models method output_dir dry_run json quiet verbose help version dataset num_samples seq_len seed device dtype
-max_memory max_shard_size overwrite resume strict trust_remote_code allow_pickle base continue_from
+max_memory max_shard_size overwrite resume strict trust_remote_code allow_pickle base continue_from teacher
 """.split()  # noqa: SIM905 (a list of twenty strings is harder to read)
 _importing = threading.RLock()  # stdout, which is turned away meanwhile, is the whole process's
 

@@ -31,7 +31,9 @@ class Settings(Options):
     dataset: str = Field(
         "builtin", description="calibration text: builtin, self, FILE.txt|.jsonl|.parquet, or a hub data set"
     )
-    num_samples: int = Field(128, ge=1, description="calibration windows")
+    num_samples: int | None = Field(
+        None, ge=1, description="windows of text; default: 128 to calibrate, to train as many as the steps take"
+    )
     seq_len: int = Field(2048, ge=2, description="tokens a window; capped by the model")
     seed: int = Field(0, ge=0, description="seed of every random choice")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:N")

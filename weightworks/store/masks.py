@@ -59,6 +59,10 @@ class Masks:
         info = self.infos[name]
         return read_bytes(self.path, info.offset, torch.empty(info.shape, dtype=info.dtype))
 
+    def kept(self, name: str) -> int:
+        """How many weights of ``name`` are kept."""
+        return int(unpack_bits(self.packed(name), 8 * self.infos[name].shape[1]).sum())
+
     def read(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
         """The mask of the weight ``name`` of the given shape: bool, True where it is kept."""
         if len(shape) != 2 or self.infos[name].shape != mask_spec(name, shape).shape:

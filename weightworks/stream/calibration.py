@@ -39,6 +39,14 @@ class Calibration:
     def digest(self) -> str:
         return hashlib.sha256(self.tokens.numpy().tobytes()).hexdigest()
 
+    def told(self, asked: int) -> str:
+        """The windows in words, ``asked`` being the tokens a window that were asked for."""
+        windows, length = self.tokens.shape
+        text = f"{windows} windows of {length} tokens from {self.source}"
+        if windows < self.requested:
+            text += f" (asked for {self.requested}, the text has no more)"
+        return text + (f" (asked for {asked} tokens, the model takes no more)" if length < asked else "")
+
     def facts(self) -> dict[str, Any]:
         """What the report says of the calibration."""
         windows, seq = self.tokens.shape
@@ -109,7 +117,7 @@ def load_windows(
         raise CalibrationError(
             f"{dataset}: the text is empty", hint="give a text with words in it, or --dataset builtin"
         )
-    return choose(tokens, _describe(dataset), num_samples, seq_len, seed)
+    return choose(tokens, describe(dataset), num_samples, seq_len, seed)
 
 
 def choose(tokens: torch.Tensor, source: str, count: int, seq_len: int, seed: int) -> Calibration:
@@ -151,7 +159,7 @@ def read_texts(dataset: str) -> list[str]:
             return _read_file(path)
         except (OSError, UnicodeDecodeError) as error:
             raise CalibrationError(f"{dataset}: cannot be read as UTF-8 text: {error}") from None
-    return [_row_text(row, dataset) for row in _hub_rows(dataset)]
+    return [_row_text(row, dataset) for row in hub_rows(dataset)]
 
 
 def _read_file(path: Path) -> list[str]:
@@ -166,11 +174,12 @@ def _read_file(path: Path) -> list[str]:
                     raise CalibrationError(f"{path}, line {number}: not valid JSON ({error})") from None
         return rows
     if kind == ".parquet":
-        return [_row_text(row, str(path)) for row in _parquet_rows(path)]
+        return [_row_text(row, str(path)) for row in parquet_rows(path)]
     return [path.read_text(encoding="utf-8")]
 
 
-def _parquet_rows(path: Path) -> list[Any]:
+def parquet_rows(path: Path) -> list[Any]:
+    """All rows of a parquet file."""
     try:
         import pyarrow
         import pyarrow.parquet
@@ -201,7 +210,8 @@ def _row_text(row: Any, where: str) -> str:
     raise CalibrationError(f"{where}: a row is {type(row).__name__}, a JSON object or string is expected")
 
 
-def _hub_rows(dataset: str) -> Iterator[Any]:
+def hub_rows(dataset: str) -> Iterator[Any]:
+    """The first rows of a data set on the hub."""
     try:
         from datasets import load_dataset
     except ImportError:
@@ -220,6 +230,7 @@ def _hub_rows(dataset: str) -> Iterator[Any]:
         ) from None
 
 
-def _describe(dataset: str) -> str:
+def describe(dataset: str) -> str:
+    """What the report calls a data set: a file by its name."""
     path = Path(dataset).expanduser()
     return path.name if path.is_file() else dataset

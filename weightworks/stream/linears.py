@@ -50,6 +50,11 @@ class Linear:
         """The tensor's name without ``.weight``."""
         return self.tensor.removesuffix(".weight")
 
+    @property
+    def full(self) -> str:
+        """The parameter's name in the model."""
+        return f"{self.module}.{self.parameter.rpartition('.')[2]}"
+
 
 @dataclass(frozen=True, slots=True)
 class Group:
@@ -193,6 +198,25 @@ def watch(
             call.run(block, hidden)
     except _StopForward:
         pass
+
+
+def head_linear(skeleton: Skeleton, dtypes: Mapping[str, torch.dtype]) -> Linear | None:
+    """The output embedding as a linear; None if the model has none of its own: it is the input embedding, or no plain layer."""
+    head, embedding = skeleton.model.get_output_embeddings(), skeleton.model.get_input_embeddings()
+    for name, pieces in skeleton.pieces.items():
+        holders = skeleton.holders(name)
+        if any(holder is head for holder in holders) and isinstance(head, nn.Linear) and name.endswith("weight"):
+            if any(holder is embedding for holder in holders):
+                return None
+            rows, columns = head.weight.shape
+            module, _, leaf = name.rpartition(".")
+            return Linear(pieces[0].tensor, (rows, columns), leaf, pieces[0], module, False, dtypes[pieces[0].tensor])
+    return None
+
+
+def turned(weight: torch.Tensor, linear: Linear) -> torch.Tensor:
+    """``weight`` as the layer holds it seen as [out, in], or the other way round."""
+    return weight.T if linear.transposed else weight
 
 
 def read_linear(reader: DenseReader, linear: Linear) -> torch.Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -156,6 +156,38 @@ def capture(skeleton: Skeleton, tokens: torch.Tensor, *, returns_tuple: int) -> 
     if len(calls) != len(skeleton.blocks):
         raise ArchitectureError(f"the model called {len(calls)} blocks, its list holds {len(skeleton.blocks)}")
     return Calls(calls)
+
+
+class Passed(NamedTuple):
+    """How a module was called, what it was given and what it gave, both [batch, seq, hidden]."""
+
+    call: BlockCall
+    given: torch.Tensor
+    made: torch.Tensor
+
+
+@torch.no_grad()
+def passing(block: nn.Module, module: nn.Module, call: BlockCall, hidden: torch.Tensor) -> Passed:
+    """What happens at a ``module`` of a loaded block as ``hidden`` passes the block."""
+    seen: list[Passed] = []
+
+    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        given = _hidden_of(args, kwargs)
+        rest = {key: value for key, value in kwargs.items() if args or key != "hidden_states"}
+        made = output if isinstance(output, torch.Tensor) else output[0]
+        seen.append(Passed(BlockCall(tuple(args[1:]), rest, by_keyword=not args), given, made))
+        raise _StopForward
+
+    handle = module.register_forward_hook(hook, with_kwargs=True)
+    try:
+        call.run(block, hidden)
+    except _StopForward:
+        pass
+    finally:
+        handle.remove()
+    if not seen:
+        raise ArchitectureError(f"{type(module).__name__}: the block never calls it, so it cannot be taken by itself")
+    return seen[0]
 
 
 @torch.no_grad()

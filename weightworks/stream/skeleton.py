@@ -103,6 +103,18 @@ class Skeleton:
         module, leaf = self._holders[name][0]
         return getattr(module, leaf)
 
+    def parameter(self, name: str) -> nn.Parameter:
+        """The parameter ``name`` itself."""
+        found = self.get(name)
+        assert isinstance(found, nn.Parameter)
+        return found
+
+    @property
+    def learnable(self) -> list[str]:
+        """Parameters that have gradients, tied ones once."""
+        found = ((name, self.get(name)) for name in self.pieces)
+        return [name for name, tensor in found if isinstance(tensor, nn.Parameter) and tensor.is_floating_point()]
+
     def holder(self, name: str) -> nn.Module:
         """The module that parameter ``name`` belongs to."""
         return self._holders[name][0][0]

@@ -113,7 +113,12 @@ def has_one_shape(trial: Trial, folder: Path) -> None:
         demand(not missing, f"{label}: Method reduces {trial.reduces} and has no {', '.join(missing)}")
         return
     if trial.entry.kind in ("quantize", "prune"):
-        shapes = [("apply",), ("watch", "solve"), ("trace", "traced", "answer")]
+        shapes = (
+            ("apply",),
+            ("watch", "solve"),
+            ("trace", "traced", "answer"),
+            ("regime", "subset", "begin", "rates", "end", "told"),
+        )
         said = [" and ".join(f"`{name}`" for name in names) for names in shapes]
         has = [words for words, names in zip(said, shapes, strict=True) if all(hasattr(method, name) for name in names)]
         demand(bool(has), f"{label}: Method has neither {', nor '.join(said)}")
@@ -129,13 +134,17 @@ def has_one_shape(trial: Trial, folder: Path) -> None:
         demand(callables, f"{label}: Method has no `refusal` and `surveys`")
 
 
+def _has(method: Any, names: tuple[str, ...]) -> bool:
+    return all(hasattr(method, name) for name in names)
+
+
 # What a method makes.
 
 
 def defaults_run(trial: Trial, folder: Path) -> None:
     """With its defaults it runs on a small model, verified, without a fallback."""
     facts, label = trial.provenance, trial.label
-    identity, defaults = facts["identity"], trial.module.Options().resolved()
+    identity, defaults = facts["identity"], trial.options
     demand(identity["method"] == label, f"the provenance names the method {identity['method']}, not {label}")
     demand(identity["options"] == defaults, f"{label}: ran with {identity['options']}, the defaults are {defaults}")
     demand(not facts["fallbacks"], f"{label}: fell back with its defaults: {'; '.join(facts['fallbacks'][:3])}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 # Enough for a definite Hessian of the tiny model's widest layer; a second of work.
 CALIBRATION: dict[str, Any] = {"num_samples": 16, "seq_len": 64, "device": "cpu", "dtype": "float32"}
+BRIEF: dict[str, Any] = {"steps": 3}  # of a method that trains; its options are those of all training
 
 NEEDS: dict[str, Any] = {"blocks": {"blocks": 4}, "experts": {"experts": 4}}  # of a model, by what a method removes
 
@@ -99,19 +100,27 @@ class Trial:
 
         return DenseView(Checkpoint.open(self.made))
 
+    @cached_property
+    def options(self) -> dict[str, Any]:
+        """The defaults; a method that trains takes a few steps only: it is asked whether it works, not how well."""
+        options = self.module.Options()
+        with told(f"{self.label}: Method({options!r}) fails"):
+            trains = hasattr(self.module.Method(options), "regime")
+        resolved: dict[str, Any] = options.resolved()
+        return resolved | (BRIEF if trains else {})
+
     @property
     def changed(self) -> set[str]:
         """Names of the tensors that the method says it replaced."""
         return {row["tensor"] for row in self.provenance["report"]}
 
-    def run(self, target: Path) -> Path:
-        """Run the method with its defaults; returns the folder it made."""
+    def run(self, target: Path, values: Mapping[str, Any] | None = None) -> Path:
+        """Run the method with ``options``, some ``values`` in their place; returns the folder it made."""
         from weightworks.plan.stage import run_stage
         from weightworks.stage.settings import Settings
         from weightworks.testing.tiny import CALIBRATION_TEXT
 
-        module = self.module
-        options = module.Options().resolved()
+        options = self.options if values is None else {**BRIEF, **values}
         settings = Settings(**CALIBRATION, dataset=str(CALIBRATION_TEXT))
         with told(f"{self.label} with its defaults does not run on {self.model}"), one_thread():
             run_stage(self.entry.kind, self.entry.name, str(self.model), options, settings, output_dir=target)

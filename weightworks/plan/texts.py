@@ -1,0 +1,103 @@
+"""The texts that a run reads, as its settings ask for them, and the dtype in which they pass the model."""
+
+from __future__ import annotations
+
+import torch
+
+from weightworks.engine.job import Job
+from weightworks.engine.machine import compute_dtype, free_memory
+from weightworks.engine.reducing import ReduceJob
+from weightworks.errors import CalibrationError, MethodError
+from weightworks.plan.keys import trains
+from weightworks.store.checkpoint import Checkpoint
+from weightworks.stream.builtin import verification_text
+from weightworks.stream.calibration import Calibration, describe, encode_all, load_tokenizer, load_windows
+from weightworks.stream.examples import are_examples, load_examples, read_rows
+from weightworks.stream.lessons import Lessons
+from weightworks.stream.skeleton import Skeleton
+
+Text = Calibration | Lessons  # what a run reads
+CALIBRATION_WINDOWS = 128
+PROBE_WINDOWS, PROBE_LENGTH = 4, 256  # the check text: enough to tell a broken folder from a sound one
+
+
+def calibrate(job: Job | ReduceJob) -> Calibration:
+    """The job's calibration windows, as its settings ask for them."""
+    return read_windows(job, job.settings.num_samples or CALIBRATION_WINDOWS)
+
+
+def lessons(job: Job) -> Lessons:
+    """What the job's method is trained on: windows of a text, or examples where the data set is made of them."""
+    settings, regime = job.settings, job.method.regime()
+    count = settings.num_samples or regime.windows
+    rows = read_rows(settings.dataset) if regime.window is None else []
+    if not are_examples(rows):
+        return Lessons.of(read_windows(job, count), regime.held_out, settings.seed)
+    return load_examples(
+        rows,
+        describe(settings.dataset),
+        job.checkpoint.root,
+        count=count,
+        held_out=regime.held_out,
+        seq_len=min(settings.seq_len, job.skeleton.context_length),
+        seed=settings.seed,
+        trust_remote_code=settings.trust_remote_code,
+    )
+
+
+def read_windows(job: Job | ReduceJob, count: int) -> Calibration:
+    """``count`` windows of the data set in the job's settings."""
+    settings, length = job.settings, min(job.settings.seq_len, job.skeleton.context_length)
+    if settings.dataset == "self":
+        from weightworks.stream.selfwritten import write_windows
+
+        return write_windows(
+            job.checkpoint,
+            count,
+            length,
+            settings.seed,
+            free_bytes=settings.memory_limit or free_memory(),
+            trust_remote_code=settings.trust_remote_code,
+        )
+    return load_windows(
+        settings.dataset,
+        job.checkpoint.root,
+        num_samples=count,
+        seq_len=length,
+        seed=settings.seed,
+        trust_remote_code=settings.trust_remote_code,
+    )
+
+
+def check_windows(checkpoint: Checkpoint, skeleton: Skeleton, *, trust_remote_code: bool) -> torch.Tensor:
+    """Windows int64 [n, seq] of the built-in check text; seeded random tokens where there is no tokenizer."""
+    length = min(PROBE_LENGTH, skeleton.context_length)
+    try:
+        tokenizer = load_tokenizer(checkpoint.root, trust_remote_code=trust_remote_code)
+    except CalibrationError:
+        vocabulary = skeleton.model.config.get_text_config().vocab_size
+        generator = torch.Generator().manual_seed(0)
+        return torch.randint(vocabulary, (PROBE_WINDOWS, length), generator=generator)
+    tokens = encode_all(tokenizer, [verification_text()])
+    length = min(length, tokens.numel() // 2)
+    return tokens[: tokens.numel() // length * length].view(-1, length)[:PROBE_WINDOWS]
+
+
+def dtype_of_passes(job: Job | ReduceJob) -> torch.dtype:
+    """The dtype in which the text passes the model. Training takes no float16: gradients leave its range."""
+    wanted, stored = job.settings.dtype, stored_dtype(job.checkpoint)
+    if not trains(job.method):
+        return compute_dtype(wanted, stored, job.device)
+    if wanted == "float16":
+        raise MethodError(
+            f"{job.label}: --dtype float16 cannot train: gradients leave its range", hint="--dtype bfloat16"
+        )
+    return compute_dtype(wanted, torch.bfloat16 if stored == torch.float16 else stored, job.device)
+
+
+def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
+    """The dtype most of the checkpoint's bytes have."""
+    amounts: dict[torch.dtype, int] = {}
+    for info in checkpoint.tensors.values():
+        amounts[info.dtype] = amounts.get(info.dtype, 0) + info.nbytes
+    return max(amounts, key=lambda dtype: amounts[dtype])

@@ -1,0 +1,25 @@
+"""What a training came to, in words: for the terminal and for the model card."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+
+def training(facts: Mapping[str, Any]) -> str:
+    """How much was trained, for how long, and what the loss on held-out text was before and after."""
+    rounds, blocks = len(facts.get("rounds", ())), len(facts.get("blocks", ()))
+    how_long = f"{facts['steps']} steps" + (
+        f" in {rounds} rounds" if rounds > 1 else f" in {blocks} blocks" if blocks else ""
+    )
+    losses = facts["held_out"]
+    if (teacher := losses.get("teacher")) is not None:
+        original = f", {teacher:.4f} of the original"
+        if losses["before"] > teacher:
+            original += f": {(losses['before'] - losses['after']) / (losses['before'] - teacher):.0%} won back"
+    else:
+        original = ""
+    return (
+        f"{facts['trained_parameters']:,} parameters ({facts['trained_share']:.2%} of the model), {how_long} on "
+        f"{facts['tokens']:,} tokens; held-out loss {losses['before']:.4f} before, {losses['after']:.4f} after{original}"
+    )
