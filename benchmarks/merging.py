@@ -8,7 +8,7 @@ of its grid; the setting with the lowest mean on the val texts is scored on the 
 models merge each pair, those of one model each expert with the base: the best of them on the val texts is shown.
 ``--data-based`` adds RegMean and Fisher merging, with statistics of each expert on the val text of its domain.
 ``--subsets`` merges every selection of two or three experts with the defaults, ``--orders`` merges in every order
-with OPCM. Figures are perplexities of the first 12,000 tokens of a text (val: 4,000) in windows of the model's context, and
+with OPCM. Figures are perplexities of the first 12,000 tokens of a text (val: 4,000) in windows of 256, and
 their geometric mean over the four domains; prose, which no expert was trained on, stands beside it.
 """
 
@@ -35,6 +35,7 @@ BASE = "tiny-llama"
 DOMAINS = ("scripture", "drama", "math", "code")
 EXPERTS = tuple(f"expert-{domain}" for domain in DOMAINS)
 TEST_TOKENS, VAL_TOKENS = 12_000, 4_000
+WINDOW = 256  # tokens: what the models were trained on
 GRID: dict[str, dict[str, list[Any]]] = {
     "task_arithmetic": {"scaling": [0.2, 0.3, 0.5, 0.6]},
     "ties": {"density": [0.2, 0.5, 1.0], "scaling": [0.7, 1.0, 1.5]},
@@ -89,7 +90,7 @@ class Bench:
 
     def _scored(self, folder: Path, split: str, domains: Sequence[str], tokens: int) -> list[float]:
         texts = [str(self.data / f"{domain}.{split}.txt") for domain in domains]
-        found = evaluate([str(folder)], texts, max_tokens=tokens)["models"][0]
+        found = evaluate([str(folder)], texts, seq_len=WINDOW, max_tokens=tokens)["models"][0]
         return [*found["perplexity"].values(), found["mean"]]
 
     def merged(self, method: str, experts: Sequence[str], options: dict[str, Any], name: str = "out") -> Path:
