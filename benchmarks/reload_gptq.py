@@ -30,7 +30,7 @@ from transformers import AutoModelForCausalLM
 
 from _measure import note, save_json, table
 from _ours import HERE, work_folder
-from weightworks.plan import stage
+from weightworks.plan import stage, texts
 from weightworks.stage.settings import Settings
 from weightworks.testing.stored import Loaded, load_apart, stored_logits
 
@@ -76,7 +76,7 @@ def combinations() -> Iterator[tuple[str, str, dict[str, Any]]]:
 def write_folders(model: Path, work: Path) -> dict[str, tuple[Path, bool]]:
     """Every folder, quantized with little calibration: what is compared is how it reads, not how good it is."""
     settings = Settings(num_samples=8, seq_len=128, dtype="float32")
-    stage.PROBE_WINDOWS, stage.PROBE_LENGTH = 2, 64  # every run checks itself, too; here that may be brief
+    texts.PROBE_WINDOWS, texts.PROBE_LENGTH = 2, 64  # every run checks itself, too; here that may be brief
     written = {}
     for name, method, options in combinations():
         target = work / name.replace(" ", "-")

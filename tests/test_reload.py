@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from weightworks.plan import stage
+from weightworks.plan import stage, texts
 from weightworks.stage.settings import Settings
 from weightworks.store.checkpoint import Checkpoint
 from weightworks.store.dense import DenseView
@@ -51,8 +51,8 @@ def folders(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
     root, made = tmp_path_factory.mktemp("folders"), {}
     settings = Settings(num_samples=8, seq_len=128, dtype="float32")
     patch = pytest.MonkeyPatch()
-    patch.setattr(stage, "PROBE_WINDOWS", 2)  # every run checks itself, too; here that may be brief
-    patch.setattr(stage, "PROBE_LENGTH", 64)
+    patch.setattr(texts, "PROBE_WINDOWS", 2)  # every run checks itself, too; here that may be brief
+    patch.setattr(texts, "PROBE_LENGTH", 64)
     for name, options in EVERY.items():
         method = "gptq" if name in CALIBRATED else "rtn"
         outcome = stage.run_stage("quantize", method, str(tiny_llama), options, settings, output_dir=root / name)
