@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+import zlib
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -57,7 +58,7 @@ def _eventfully(order: tuple[Callable[[Any], Any], Any, Path, Event]) -> Any:
     function, task, folder, event = order
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "tries").open("a") as file:
-        file.write(f"{os.getpid()}\n")
+        file.write(f"{os.getpid()} {zlib.crc32(repr(task).encode())}\n")
     if event.kill is not None and not (folder / "killed").exists():
         wrap(event.kill, partial(_deadly, event.number, folder / "killed"))
     end = time.monotonic() + PATIENCE
@@ -84,4 +85,10 @@ def _deadly(number: int, note: Path, function: Callable[..., Any]) -> Callable[.
 
 def tries(folder: Path) -> set[int]:
     """The processes that began the tasks of ``folder``."""
-    return {int(line) for line in (folder / "tries").read_text().split()}
+    return {process for process, _ in begun(folder)}
+
+
+def begun(folder: Path) -> list[tuple[int, str]]:
+    """The process and the task of every beginning, in order."""
+    pairs = (line.split() for line in (folder / "tries").read_text().splitlines())
+    return [(int(process), task) for process, task in pairs]

@@ -292,7 +292,7 @@ def test_a_failing_stage_fails_alone(compress: Commands, model: Path, tmp_path: 
 
 def test_a_fault_of_the_program_is_one_failure(place: Place) -> None:
     """An error that nobody raised on purpose stops its own stage only, and is told in one sentence."""
-    fault = ["constant", "compress.quantize.gptq:Method.solve", None]
+    fault = ["constant", "compress.quantize.gptq:Method", None]
     run = place.run(faults=[fault])
     assert run.code == 1
     assert states(run) == {"dense": "ran", "small": "failed", "other": "ran", "scores": "skipped"}

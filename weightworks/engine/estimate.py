@@ -201,7 +201,7 @@ def _inputs(linears: Sequence[Linear]) -> dict[tuple[str, int], list[Linear]]:
 
 def _stage_statistics(job: Job | ReduceJob, block: Sequence[Linear]) -> int:
     """Bytes of the statistics that one pass over a block can gather: of all inputs, of one, or of one an expert."""
-    if getattr(job, "together", False):
+    if job.together:
         return sum(job.held(width) for _, width in _inputs(block))
     sums: dict[tuple[str, int], int] = {}
     for part, width in _inputs(block):

@@ -366,6 +366,9 @@ class Identified(Protocol):
     device: torch.device
 
     @property
+    def teacher(self) -> Checkpoint | None: ...
+
+    @property
     def options(self) -> Any: ...
 
 
@@ -377,7 +380,7 @@ def identity_of(job: Identified, **facts: Any) -> dict[str, Any]:
         "weightworks": weightworks.__version__,
         "options": job.options.resolved(),
         "input": job.checkpoint.digest,
-        **({} if (teacher := getattr(job, "teacher", None)) is None else {"teacher": teacher.digest}),
+        **({} if job.teacher is None else {"teacher": job.teacher.digest}),
         "max_shard_size": job.settings.shard_bytes,
         "seed": job.settings.seed,
         "environment": environment(job.device),

@@ -184,12 +184,10 @@ class MergeJob:
 
     def read(self, item: Input, name: str, start: int, stop: int) -> torch.Tensor:
         """Rows of an input's tensor in float32 [rows, ...], checked for NaN and infinity."""
-        return self.stored(item, name, start, stop).to(self.device, torch.float32)
-
-    def stored(self, item: Input, name: str, start: int, stop: int) -> torch.Tensor:
-        """The same as the file has them; of a view, which computes its rows, in float32."""
         plain = item.reader is item.checkpoint and item.checkpoint.as_stored
-        dtype = None if plain else torch.float32
+        dtype = (
+            None if plain else torch.float32
+        )  # a view computes its rows; others are checked as they are, half as long
         if item.tensors[name].shape:
             rows = item.reader.read_rows(name, start, stop, dtype)
         else:
@@ -199,7 +197,7 @@ class MergeJob:
                 f"tensor '{name}' of {item.name} holds {bad} NaN or infinite values",
                 hint="repair or leave out this model",
             )
-        return rows
+        return rows.to(self.device, torch.float32)
 
     def whole(self, asking: Any, part: Part) -> bool:
         """Whether a survey or the method wants a tensor in one slab; one that reads statistics, only those that have them."""

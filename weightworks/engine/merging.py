@@ -18,7 +18,7 @@ import torch
 from weightworks.engine.diagnosis import Diagnosis, stretches
 from weightworks.engine.earlier import STATE_PREFIX
 from weightworks.engine.machine import one_thread
-from weightworks.engine.mergejob import Input, MergeJob
+from weightworks.engine.mergejob import MergeJob
 from weightworks.engine.mergeplan import Part
 from weightworks.errors import MethodError, VerificationError
 from weightworks.stage.merging import STATE, Slab, Survey
@@ -27,7 +27,6 @@ from weightworks.stream.memory import kept_for_reuse
 
 JOURNAL_BYTES = 256 << 20  # of output between two journal entries: little is lost, the disk is not kept waiting
 SLAB = 1 << 17  # elements of a slab to be merged: what is done to it in several steps stays in the processor's cache
-AHEAD = 1 << 17  # elements that are read of a file at a time
 LOOK = 1 << 20  # of a slab that is surveyed: its figures, such as histograms, are large beside fewer
 HELD = 1 << 26  # elements of all inputs' slabs together
 NOTED = 1 << 12  # numbers that sums may have to be journalled before a survey is over
@@ -294,42 +293,20 @@ def slabs(
     """The slabs of one tensor that a survey or the method asks for, in order of rows; ``state`` gives what a survey kept of
     its rows."""
 
+    def rows(number: int, tensor: str, base: torch.Tensor | None) -> torch.Tensor:
+        """Rows of a model; where it lacks the tensor, the base stands for it."""
+        item = job.models[number]
+        return job.read(item, tensor, start, stop) if tensor in item.tensors or base is None else base.clone()
+
     shape = part.spec.shape or (1,)
     step = max(1, shape[0] if job.whole(asking, part) else slab_rows(shape, len(part.models), most))
-    ahead = max(step, slab_rows(shape, len(part.models), AHEAD) // step * step)
     keys = ContentKeys(job, part)
-    held = None if job.base is None or part.base is None else Ahead(job, job.base, part.base, ahead)
-    readers = [
-        Ahead(job, job.models[number], tensor, ahead) if held is None or tensor in job.models[number].tensors else held
-        for number, tensor in part.models  # where a model lacks the tensor, the base stands for it
-    ]
     for start in range(0, shape[0], step):
         stop = min(start + step, shape[0])
-        base = None if held is None else held.rows(start, stop)
-        models = tuple(reader.rows(start, stop) for reader in readers)
+        base = None if job.base is None or part.base is None else job.read(job.base, part.base, start, stop)
+        models = tuple(rows(number, tensor, base) for number, tensor in part.models)
         kept, side = state(part, start, stop), job.side_of(part, start, stop)
         yield Slab(part.spec.name, shape, start, models, base, keys, job.settings.seed, kept, side)
-
-
-@dataclass
-class Ahead:
-    """A tensor of an input read in stretches of ``step`` rows, given in pieces of them that the cache can hold."""
-
-    job: MergeJob
-    item: Input
-    name: str
-    step: int
-    begin: int = 0
-    held: torch.Tensor | None = None
-
-    def rows(self, start: int, stop: int) -> torch.Tensor:
-        """Rows in float32, the caller's own; ``start`` and ``stop`` are within one stretch."""
-        if self.held is None or not self.begin <= start < self.begin + self.step:
-            self.begin = start // self.step * self.step
-            end = min(self.begin + self.step, (self.item.tensors[self.name].shape or (1,))[0])
-            self.held = self.job.stored(self.item, self.name, self.begin, end)
-        piece = self.held[start - self.begin : stop - self.begin]
-        return piece.to(self.job.device, torch.float32, copy=True)
 
 
 @dataclass(frozen=True)

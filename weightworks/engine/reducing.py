@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 
@@ -87,7 +87,10 @@ class Plan(Protocol):
 
 @dataclass
 class ReduceJob:
-    """A reduction planned but not run; fields as of :class:`weightworks.engine.job.Job`."""
+    """A reduction planned but not run; fields as of :class:`weightworks.engine.job.Job`, without a teacher."""
+
+    teacher: ClassVar[None] = None
+    together: ClassVar[bool] = False
 
     label: str
     version: int

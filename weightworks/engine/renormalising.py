@@ -17,6 +17,7 @@ import torch
 
 from weightworks.engine.mergejob import MergeJob
 from weightworks.engine.merging import Correction, Merging
+from weightworks.engine.mixture import MergedView
 from weightworks.store.dense import DenseView
 from weightworks.store.permuted import PermutedView
 from weightworks.store.writer import CheckpointWriter
@@ -111,7 +112,7 @@ class Renormaliser:
         self.skeleton = build(DenseView(job.checkpoint), trust_remote_code=trust)
         self.symmetry = find_symmetry(DenseView(job.checkpoint), job.reference.reader, trust_remote_code=trust)
         self.ties = ties_of(self.symmetry)
-        self.merged = Preview(merging)
+        self.merged = MergedView(job, make=merging.made)
         self.models: list[DenseReader] = [PermutedView(job.models[number].reader, {}) for number in job.members]
         weights = list(getattr(job.options, "weights", []))
         self.weights = weights if len(weights) == len(self.models) else [1.0] * len(self.models)
@@ -260,28 +261,10 @@ def _adder(layers: Sequence[tuple[Moments, torch.Tensor, torch.Tensor | None]]) 
     return add
 
 
-class Preview(DenseView):
-    """What ``merging`` would write without corrections, in float32, as a checkpoint to read from; made when it is read."""
-
-    def __init__(self, merging: Merging) -> None:
-        super().__init__(merging.job.checkpoint)
-        self.merging = merging
-        self.parts = {part.spec.name: part for part in merging.job.parts}
-
-    @torch.no_grad()
-    def read(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """The merged tensor."""
-        part = self.parts[name]
-        if part.method is None:
-            return self.merging.job.reference.reader.read(name, dtype)
-        made = torch.cat(list(self.merging.made(part))).reshape(part.spec.shape).cpu()
-        return made if dtype is None else made.to(dtype)
-
-
 class Corrected(DenseView):
     """``view`` with ``corrections`` made."""
 
-    def __init__(self, view: Preview, corrections: Mapping[str, Correction]) -> None:
+    def __init__(self, view: MergedView, corrections: Mapping[str, Correction]) -> None:
         super().__init__(view.checkpoint)
         self.view, self.corrections = view, corrections
 

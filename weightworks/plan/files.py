@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from weightworks.errors import WeightworksError
+from weightworks.plan.keys import shaped_by_text
 from weightworks.stage import catalog
 from weightworks.store.sources import is_text_file
 
@@ -15,7 +16,7 @@ def missing(entry: catalog.Entry, options: Mapping[str, Any], settings: Mapping[
     """The option at fault and a sentence, for each file that well-formed values name and that is not there."""
     module = entry.load()
     dataset = settings.get("dataset", "builtin")
-    if hasattr(module.Method, "watch") and is_text_file(dataset) and not Path(dataset).expanduser().is_file():
+    if shaped_by_text(module.Method) and is_text_file(dataset) and not Path(dataset).expanduser().is_file():
         yield "dataset", f"{entry.label}: 'dataset': {dataset}: no such file"
     text = options.get("renormalise")
     if isinstance(text, str) and is_text_file(text) and not Path(text).expanduser().is_file():

@@ -21,12 +21,14 @@ from pathlib import Path
 from typing import Any
 
 import weightworks
+from weightworks.errors import WeightworksError
 from weightworks.plan.graph import Recipe, Stage
 from weightworks.stage import catalog
 from weightworks.stage.settings import Settings
 from weightworks.store.sources import Digests, folders
 
 NUMERIC = ("torch", "numpy", "scipy", "transformers", "safetensors")  # versions that may change a bit of the output
+READING = ("watch", "trace", "reduces", "regime")  # what methods have that look at inputs, at gradients, or train
 CALIBRATION = ("dataset", "num_samples", "seq_len", "dtype")  # settings of methods that look at inputs
 SHARDS = "max_shard_size"
 
@@ -69,7 +71,7 @@ def material(stage: Stage, inputs: Mapping[str, Any], digests: Digests) -> dict[
     module = entry.load()
     options = module.Options(**stage.options)
     settings = Settings(**stage.settings)
-    method = module.Method(options)
+    method = made(module, options)
     watches = reads_text(method)
     matter = ["seed", "device", "trust_remote_code"]
     matter += [*CALIBRATION] if watches else []
@@ -95,12 +97,26 @@ def material(stage: Stage, inputs: Mapping[str, Any], digests: Digests) -> dict[
     return facts
 
 
+def made(module: Any, options: Any) -> Any:
+    """The method with ``options``; None for one that fails of a fault of its own, which its stage will tell when it runs."""
+    try:
+        return module.Method(options)
+    except WeightworksError:
+        raise
+    except Exception:  # whatever a plug-in raises must not stop the other stages
+        return None
+
+
 def reads_text(method: Any) -> bool:
     """Whether a method, or a survey it asks for, looks at the inputs that a text makes, or trains on it."""
     merges = hasattr(method, "merge")  # their surveys are others
     surveys = method.surveys() if hasattr(method, "surveys") and not merges else ()
-    reads = any(hasattr(method, name) for name in ("watch", "trace", "reduces"))
-    return reads or trains(method) or any(survey.watch is not None for survey in surveys)
+    return shaped_by_text(method) or any(survey.watch is not None for survey in surveys)
+
+
+def shaped_by_text(method: Any) -> bool:
+    """Whether a method, or the class of one, is of a shape that takes a text."""
+    return any(hasattr(method, name) for name in READING)
 
 
 def trains(method: Any) -> bool:

@@ -111,7 +111,8 @@ def carry_out(
     target, settings = job.target, job.settings
     job.texts()  # what tokenizer cannot be made is refused now
     wanted = held_out(job)
-    texts = digests(wanted) | Renormalising(job).digests()
+    renormalising = Renormalising(job)
+    texts = digests(wanted) | renormalising.digests()
     diagnosis = None if wanted or (job.options.align and not dry_run) else diagnose(job)
     if diagnosis is not None or dry_run:
         announce(resolved(job, diagnosis or Diagnosis()))
@@ -121,11 +122,11 @@ def carry_out(
             return Outcome(target, None, done, cached=True, seconds=time.monotonic() - started)
     if not dry_run:
         check_target(target, overwrite=settings.overwrite)
-    estimated = estimate(job)
+    estimated = estimate(job, renormalising)
     if dry_run:
         return Outcome(target, estimated, None, seconds=time.monotonic() - started)
     refuse(estimated, target)
-    provenance = execute(job, identity, diagnosis, announce)
+    provenance = execute(job, identity, diagnosis, announce, renormalising)
     return Outcome(target, estimated, provenance, seconds=time.monotonic() - started)
 
 
@@ -134,6 +135,7 @@ def execute(
     identity: dict[str, Any],
     diagnosis: Diagnosis | None,
     announce: Callable[[dict[str, Any]], None],
+    renormalising: Renormalising,
 ) -> dict[str, Any]:
     """Do the work, verify and publish; a failure or interruption leaves the staging folder for the next run.
 
@@ -162,7 +164,7 @@ def execute(
             diagnosis = diagnose(job)
             announce(resolved(job, diagnosis))
         merging = Merging(job, writer, diagnosis, fitted)
-        if renormalising := Renormalising(job):
+        if renormalising:
             facts["renormalisation"] = renormalising.run(writer, merging)
         rows = merging.run()
         files = seal(job, writer, job.texts(), job.untrue)
@@ -231,7 +233,7 @@ def check(job: MergeJob, staged: Checkpoint) -> tuple[dict[str, Any], dict[str, 
     return {**checks, "check_text": list(probe.shape)}, quality
 
 
-def estimate(job: MergeJob) -> Estimate:
+def estimate(job: MergeJob, renormalising: Renormalising) -> Estimate:
     """What the merge will take, from headers alone."""
     inputs, parts = len(job.models), job.merged
     asking = {
@@ -250,7 +252,7 @@ def estimate(job: MergeJob) -> Estimate:
         phases["checking the result"] = _loading(job)
     if job.options.align:
         phases["aligning"] = aligning_bytes(job) + _loading(job)
-    if renormalising := Renormalising(job):
+    if renormalising:
         phases["renormalising"] = _loading(job) + renormalising.states_bytes()
     choosing = 0.0
     if (wanted := held_out(job)) is not None:

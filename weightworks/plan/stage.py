@@ -299,8 +299,8 @@ def finished(target: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
 def resolved(job: Job | ReduceJob, text: Text | None, dtype: torch.dtype) -> dict[str, Any]:
     """The configuration as it will run, defaults included."""
     facts: dict[str, Any] = {"method": job.label, "model": where(job.checkpoint), "output": str(job.target)}
-    if (teacher := getattr(job, "teacher", None)) is not None:
-        facts["teacher"] = where(teacher)
+    if job.teacher is not None:
+        facts["teacher"] = where(job.teacher)
     facts.update(job.options.resolved())
     if text is not None:
         facts["training_text" if isinstance(text, Lessons) else "calibration"] = text.told(job.settings.seq_len)
