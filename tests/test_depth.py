@@ -15,6 +15,7 @@ from test_reduce import SETTINGS, TOKENS, loaded, planned, reduce
 
 from compress.prune.laco import Method, Options, collapsed, similarity
 from compress.prune.shortgpt import Influence
+from weightworks.engine.depth import Shorten
 from weightworks.errors import ArchitectureError, MethodError
 from weightworks.stage.reducing import Mixture
 from weightworks.stream.calibration import load_windows
@@ -153,7 +154,9 @@ def test_a_block_of_another_kind_goes_only_if_the_configuration_can_say_so(tmp_p
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["mlp_only_layers"] == [place for place, block in enumerate(kept) if block == 1]
     dense = first_dense(tmp_path / "dense")
-    assert [planned(dense, "shortgpt", layers=1).plan.removable(block) for block in range(3)] == [False, False, True]  # type: ignore[attr-defined]
+    plan = planned(dense, "shortgpt", layers=1).plan
+    assert isinstance(plan, Shorten)
+    assert [plan.removable(block) for block in range(3)] == [False, False, True]
     with pytest.raises(ArchitectureError, match=r"2 of 3 blocks cannot go: .* without only 1 of them"):
         planned(dense, "shortgpt", layers=2)
 

@@ -13,6 +13,7 @@ from test_reduce import CLOSE, SETTINGS, loaded, logits, planned, reduce
 from torch.overrides import TorchFunctionMode
 
 from compress.prune.experts import Method, Options, Routed, merged
+from weightworks.engine.mixtures import Thin
 from weightworks.errors import ArchitectureError, MethodError
 from weightworks.stream.calibration import load_windows
 
@@ -110,7 +111,8 @@ def test_merged_experts_are_averages(kind: str, tmp_path: Path) -> None:
     source = architecture.save(tmp_path / "source")
     job = planned(source, "experts", sparsity=0.5, removal="merge")
     mixed = [[[1, 0.25], [0, 0.75]], [[2, 1.0], [3, 0.0]]]
-    job.settle([{"part": one.name, "mixtures": mixed} for one in job.plan.mixed])  # type: ignore[attr-defined]
+    assert isinstance(job.plan, Thin)
+    job.settle([{"part": one.name, "mixtures": mixed} for one in job.plan.mixed])
     whole = loaded(source).model.layers[0].mlp
     smaller = {cut.name: job.reduced.read(cut.name) for cut in job.layout.cuts}
     experts = whole.experts.down_proj

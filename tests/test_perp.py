@@ -126,8 +126,10 @@ def test_gradients_of_mask_lora_in_closed_form() -> None:
     effective = adapter(weight)
     gradient = torch.randn(6, 8, generator=torch.Generator().manual_seed(5))
     effective.backward(gradient)
-    assert torch.allclose(adapter.B.grad, 2 * (gradient * mask) @ adapter.A.T, atol=1e-6)  # type: ignore[arg-type]
-    assert torch.allclose(adapter.A.grad, 2 * adapter.B.T @ (gradient * mask), atol=1e-6)  # type: ignore[arg-type]
+    assert adapter.A.grad is not None
+    assert adapter.B.grad is not None
+    assert torch.allclose(adapter.B.grad, 2 * (gradient * mask) @ adapter.A.T, atol=1e-6)
+    assert torch.allclose(adapter.A.grad, 2 * adapter.B.T @ (gradient * mask), atol=1e-6)
 
 
 # The model.

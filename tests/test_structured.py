@@ -90,7 +90,7 @@ def test_without_correlation_there_is_nothing_to_repair() -> None:
 
 
 def choice(repair: str) -> Any:
-    method = Method(Options(sparsity=0.5, repair=repair))  # type: ignore[arg-type]
+    method = Method(Options.parse({"sparsity": 0.5, "repair": repair}, where="prune.structured"))
     statistics = method.watch(16, torch.device("cpu"))
     statistics.add(noise(300, 16, seed=3) @ (torch.eye(16) + 0.5 * noise(16, 16, seed=4)))
     return method.choose(channels(16, 8), noise(8, 16, seed=5), statistics, None)

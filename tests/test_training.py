@@ -47,7 +47,7 @@ def contents(folder: Path) -> dict[str, str]:
 
 
 def test_linear_and_cosine_rise_and_fall() -> None:
-    linear, cosine = (rates(schedule, 20, top=1.0, warmup=0.1) for schedule in ("llr", "clr"))  # type: ignore[arg-type]
+    linear, cosine = rates("llr", 20, top=1.0, warmup=0.1), rates("clr", 20, top=1.0, warmup=0.1)
     assert linear[:3] == cosine[:3] == pytest.approx([1 / 3, 2 / 3, 1.0])
     assert linear[2:] == pytest.approx([1 - step / 18 for step in range(18)])
     assert cosine[2:] == pytest.approx([(1 + math.cos(math.pi * step / 18)) / 2 for step in range(18)])
@@ -64,9 +64,10 @@ def test_schedules_that_follow_the_original() -> None:
     assert compressed == pytest.approx([100 - 9.9 * step for step in range(10)])
     warm = rates("slr", 10, top=9.0, warmup=0.2, history=history)
     assert warm[:3] == pytest.approx([100 / 3, 200 / 3, 100.0])
-    for schedule, known in (("lrw", history[:3]), ("slr", [])):
+    known: tuple[tuple[Schedule, list[float]], ...] = (("lrw", history[:3]), ("slr", []))
+    for schedule, rest in known:
         with pytest.raises(MethodError, match=f"schedule {schedule}: the original schedule"):
-            rates(schedule, 4, top=1.0, history=known)  # type: ignore[arg-type]
+            rates(schedule, 4, top=1.0, history=rest)
 
 
 def test_allr_follows_what_pruning_took() -> None:

@@ -200,12 +200,13 @@ class Merging:
 
     def made(self, part: Part) -> Iterator[torch.Tensor]:
         """A tensor as its method makes it, some rows at a time, in float32."""
-        found = self.surveyed[id(part.method)]
-        for survey in surveys_of(part.method, "tensor"):
+        method: Any = part.method  # a part without one is not made
+        found = self.surveyed[id(method)]
+        for survey in surveys_of(method, "tensor"):
             found = survey.conclude(self._look(part, survey, found), found)
-        for slab in self._slabs(part, part.method):
+        for slab in self._slabs(part, method):
             expected = slab.models[0].shape
-            result = part.method.merge(slab, found)  # type: ignore[union-attr]
+            result = method.merge(slab, found)
             if result.shape != expected:
                 raise VerificationError(
                     f"{self.job.label} made {list(result.shape)} of '{slab.name}', expected {list(expected)}"

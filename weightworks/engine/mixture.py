@@ -39,7 +39,8 @@ class MergedView(DenseView):
         return merged if dtype is None else merged.to(dtype)
 
     def _made(self, part: Part) -> Iterator[torch.Tensor]:
-        return (part.method.merge(slab, self.found) for slab in slabs(self.job, part, part.method))  # type: ignore[union-attr]
+        method: Any = part.method  # a part without one is not made
+        return (method.merge(slab, self.found) for slab in slabs(self.job, part, method))
 
     def read_rows(self, name: str, start: int, stop: int, dtype: torch.dtype | None = None) -> torch.Tensor:
         """Rows of the merged tensor; it is made whole for them."""
