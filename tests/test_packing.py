@@ -12,8 +12,9 @@ from conftest import CheckpointMaker
 from safetensors.torch import load_file
 
 from weightworks.store.checkpoint import Checkpoint
+from weightworks.store.compressed import CompressedTensors
 from weightworks.store.dense import DenseView
-from weightworks.store.formats import FORMATS, CompressedTensors
+from weightworks.store.formats import FORMATS
 from weightworks.store.packing import (
     IntScheme,
     Quantized,

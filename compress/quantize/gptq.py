@@ -12,12 +12,12 @@ from typing import Literal
 import torch
 from pydantic import Field
 
-from compress.grids import Grid, grouped
+from compress.grids import AnyGrid, Grid, grouped
 from compress.hessian import Factor, Hessian, factor
 from compress.schemes import IntegerOptions
 from compress.sweep import COLD, Rounding, block_size, output_energy, relative_loss, sweep
 from weightworks.stage.protocols import Solution, Target
-from weightworks.store.packing import IntScheme, Quantized
+from weightworks.store.packing import Encoded, IntScheme
 
 PAPER = "Frantar et al. 2022, arXiv:2210.17323"
 VERSION = 1
@@ -36,8 +36,14 @@ class Options(IntegerOptions):
 
 
 def quantize(
-    weight: torch.Tensor, hessian: torch.Tensor, grid: Grid, *, reorder: bool, static_groups: bool, damp_percent: float
-) -> tuple[Quantized, torch.Tensor, Factor]:
+    weight: torch.Tensor,
+    hessian: torch.Tensor,
+    grid: AnyGrid,
+    *,
+    reorder: bool,
+    static_groups: bool,
+    damp_percent: float,
+) -> tuple[Encoded, torch.Tensor, Factor]:
     """Quantize float32 ``weight`` [out, in] against ``hessian`` [in, in]; both are used up.
 
     ``reorder`` sweeps columns by falling diag(H). With ``static_groups`` a group is ``group_size`` neighbours and its
@@ -64,8 +70,7 @@ def quantize(
     found = factor(hessian, order, damp_percent=damp_percent)
     if found.lower is None:
         codes = grid.codes(grouped(weight, size), scale, zero)
-        rounded = Quantized(scheme, codes, scale.to(grid.scale_dtype), zero.byte())
-        return rounded, torch.zeros(weight.shape[0]), found
+        return grid.encoded(codes, scale, zero), torch.zeros(weight.shape[0]), found
     codes, loss = torch.empty(weight.shape, dtype=torch.uint8), torch.empty(weight.shape[0])
     height, groups = max(1, SWEPT // columns), index.tolist()
     for start in range(0, weight.shape[0], height):
@@ -75,7 +80,7 @@ def quantize(
         loss[rows] = sweep(weight[rows].T[order], found.lower, rule, block=block_size(rule.group))
         codes[rows, order], scale[rows], zero[rows] = rule.codes.T, rule.scale.T, rule.zero.T
     moved = torch.empty_like(place).scatter_(0, order, place).int() if reorder and fits else None
-    return Quantized(scheme, codes, scale.to(grid.scale_dtype), zero.byte(), moved), loss, found
+    return grid.encoded(codes, scale, zero, moved), loss, found
 
 
 class Method:
@@ -121,12 +126,6 @@ class Method:
         return [
             Solution(part, {**facts, "relative_error": relative_loss(error, total)}, list(fallbacks))
             for part, error, total in zip(
-                split(quantized, heights), loss.split(heights), energy.split(heights), strict=True
+                quantized.split(heights), loss.split(heights), energy.split(heights), strict=True
             )
         ]
-
-
-def split(weight: Quantized, heights: Sequence[int]) -> list[Quantized]:
-    """The stacked result as one weight each."""
-    parts = zip(weight.codes.split(heights), weight.scale.split(heights), weight.zero.split(heights), strict=True)
-    return [Quantized(weight.scheme, *part, weight.group_index) for part in parts]

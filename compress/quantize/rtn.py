@@ -7,7 +7,7 @@ import torch
 from compress.grids import Grid, grouped
 from compress.schemes import IntegerOptions
 from weightworks.stage.protocols import Solution, Target
-from weightworks.store.packing import IntScheme, Quantized
+from weightworks.store.packing import IntScheme
 
 PAPER = "the baseline of every paper; clipping search as in the GPTQ repository (IST-DASLab/gptq)"
 VERSION = 1
@@ -30,7 +30,6 @@ class Method:
         grid = Grid(self.scheme(), target.scale_dtype, target.min_zero, signed=True, clip=self.options.clips)
         groups = grouped(weight, self.options.group_size)  # [out, groups, group]
         scale, zero = grid.fit(groups)
-        codes = grid.codes(groups, scale, zero)
-        quantized = Quantized(self.scheme(), codes, scale.to(target.scale_dtype), zero.byte())
+        quantized = grid.encoded(grid.codes(groups, scale, zero), scale, zero)
         error = (quantized.dequantize() - weight).square().sum() / weight.square().sum().clamp(min=1e-30)
         return Solution(quantized, {"relative_weight_error": float(error)})

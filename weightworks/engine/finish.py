@@ -17,7 +17,7 @@ from weightworks.stage.settings import Settings
 from weightworks.store.checkpoint import INDEX, Checkpoint
 from weightworks.store.dense import DenseView
 from weightworks.store.factors import check_factors
-from weightworks.store.formats import Format
+from weightworks.store.layout import Format
 from weightworks.store.manifest import PROVENANCE
 from weightworks.store.masks import check_masks
 from weightworks.store.sidecars import copy_sidecars

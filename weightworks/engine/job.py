@@ -30,10 +30,11 @@ from weightworks.store.adapters import Adapter
 from weightworks.store.checkpoint import FACTORS, MASKS, Checkpoint
 from weightworks.store.dense import DenseView
 from weightworks.store.factors import factor_specs
-from weightworks.store.formats import Format, find_format
+from weightworks.store.formats import find_format
+from weightworks.store.layout import Format
 from weightworks.store.manifest import read_provenance
 from weightworks.store.masks import SUFFIX, Masks, mask_spec, pack_bits
-from weightworks.store.packing import IntScheme, Quantized
+from weightworks.store.packing import Scheme
 from weightworks.store.shards import planned_bytes
 from weightworks.store.tensorfile import TensorSpec
 from weightworks.stream.linears import Linear, block_linears, head_linear
@@ -131,7 +132,7 @@ class Job:
         return hasattr(self.method, "solve") and not hasattr(self.method, "held")
 
     @property
-    def scheme(self) -> IntScheme | None:
+    def scheme(self) -> Scheme | None:
         return self.method.scheme()
 
     @cached_property
@@ -244,7 +245,7 @@ class Job:
         """The tensors that will stand for a solved weight, and for its mask."""
         tensors, mask = {}, solution.mask
         if self.format is not None:
-            assert isinstance(solution.weight, Quantized)
+            assert not isinstance(solution.weight, torch.Tensor)
             tensors = self.format.tensors(linear.base, solution.weight)
         else:
             dense = solution.dense().to(linear.dtype)
@@ -261,7 +262,7 @@ class Job:
     def row(self, linear: Linear, solution: Solution) -> dict[str, Any]:
         """The report's line on one weight."""
         row: dict[str, Any] = {"tensor": linear.tensor, "shape": list(linear.shape), "method": self.label}
-        if isinstance(solution.weight, Quantized):
+        if not isinstance(solution.weight, torch.Tensor):
             row["bits"] = solution.weight.scheme.bits
         if solution.mask is not None:
             row["kept"] = int(solution.mask.sum())
@@ -392,7 +393,7 @@ def refuse_packed(view: DenseView) -> None:
     """Raise :class:`MethodError` for a checkpoint that is quantized."""
     if view.format is not None and view.scheme is not None:
         raise MethodError(
-            f"{view.checkpoint.root}: is already quantized ({view.format.name}, {view.scheme.bits} bits)",
+            f"{view.checkpoint.root}: is already quantized ({view.format.name}, {view.scheme.element})",
             hint="start from the dense checkpoint it was made from",
         )
 

@@ -15,7 +15,7 @@ import torch
 
 from weightworks.options import Options
 from weightworks.stage.settings import Settings
-from weightworks.store.packing import IntScheme, Quantized
+from weightworks.store.packing import Encoded, Scheme
 
 if TYPE_CHECKING:
     from weightworks.store.factors import Factors
@@ -48,7 +48,7 @@ class Solution:
     what ``weight`` is the product of, in the target's dtype, of a method that is :class:`Factoring`.
     """
 
-    weight: Quantized | torch.Tensor
+    weight: Encoded | torch.Tensor
     facts: dict[str, Any] = field(default_factory=dict)
     fallbacks: list[str] = field(default_factory=list)
     mask: torch.Tensor | None = None
@@ -56,7 +56,7 @@ class Solution:
 
     def dense(self) -> torch.Tensor:
         """The weight in float32 [out, in]."""
-        return self.weight.dequantize() if isinstance(self.weight, Quantized) else self.weight
+        return self.weight if isinstance(self.weight, torch.Tensor) else self.weight.dequantize()
 
 
 class Statistics(Protocol):
@@ -77,7 +77,7 @@ class Blockwise(Protocol):
 
     options: Options
 
-    def scheme(self) -> IntScheme | None:
+    def scheme(self) -> Scheme | None:
         """How results are quantized; None if they are dense."""
 
     def watch(self, columns: int, device: torch.device) -> Statistics:
@@ -99,7 +99,7 @@ class Gradientwise(Protocol):
 
     options: Options
 
-    def scheme(self) -> IntScheme | None:
+    def scheme(self) -> Scheme | None:
         """How results are quantized; None if they are dense."""
 
     def traced(self, elements: int, count: int) -> int:
@@ -122,7 +122,7 @@ class Tensorwise(Protocol):
 
     options: Options
 
-    def scheme(self) -> IntScheme | None:
+    def scheme(self) -> Scheme | None:
         """How results are quantized; None if they are dense."""
 
     def apply(self, weight: torch.Tensor, target: Target) -> Solution:

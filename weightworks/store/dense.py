@@ -8,8 +8,9 @@ from functools import cached_property
 import torch
 
 from weightworks.store.checkpoint import Checkpoint
-from weightworks.store.formats import Format, packed_scheme
-from weightworks.store.packing import IntScheme
+from weightworks.store.formats import packed_scheme
+from weightworks.store.layout import Format
+from weightworks.store.packing import Scheme
 from weightworks.store.tensorfile import TensorInfo, TensorSpec
 
 
@@ -23,7 +24,7 @@ class DenseView:
         self.checkpoint = checkpoint
         packed = packed_scheme(checkpoint)
         self.format: Format | None = packed[0] if packed else None
-        self.scheme: IntScheme | None = packed[1] if packed else None
+        self.scheme: Scheme | None = packed[1] if packed else None
 
     @property
     def tensors(self) -> Mapping[str, TensorInfo]:
@@ -34,8 +35,8 @@ class DenseView:
         """Bases (names without ``.weight``) that are stored packed."""
         if self.format is None:
             return frozenset()
-        codes = "." + self.format.suffixes[0]
-        return frozenset(name.removesuffix(codes) for name in self.tensors if name.endswith(codes))
+        ending = "." + self.format.marker
+        return frozenset(name.removesuffix(ending) for name in self.tensors if name.endswith(ending))
 
     @cached_property
     def names(self) -> list[str]:
@@ -56,10 +57,8 @@ class DenseView:
         """Shape of the dense tensor, from headers alone (GPTQ layouts give [out, in])."""
         if not self.is_packed(name):
             return self.checkpoint.info(name).shape
-        base, info = name.removesuffix(".weight"), self.checkpoint.info
-        if self.format is not None and "weight_shape" in self.format.suffixes:
-            return tuple(int(n) for n in self.checkpoint.read(f"{base}.weight_shape"))
-        return info(f"{base}.qweight").shape[1], info(f"{base}.g_idx").shape[0]
+        assert self.format is not None
+        return self.format.shape(self.checkpoint, name.removesuffix(".weight"))
 
     @cached_property
     def dtype(self) -> torch.dtype:

@@ -7,11 +7,63 @@ boundary (3, 5, 6 and 7 bits). This is the layout of compressed-tensors since 0.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
 DECODED = 1 << 22  # weights decoded at a time: what is computed on the way stays small
+
+
+class Scheme(Protocol):
+    """How a weight is quantized: on which grid, and which weights share a scale."""
+
+    @property
+    def bits(self) -> int:
+        """Bits a code."""
+
+    @property
+    def group_size(self) -> int:
+        """Input columns that share a scale; -1: the whole row."""
+
+    @property
+    def symmetric(self) -> bool:
+        """Whether the grid is symmetric about zero, so that no zero point is stored."""
+
+    @property
+    def reordered(self) -> bool:
+        """Whether groups follow an order of the columns that the file must store (``g_idx``)."""
+
+    @property
+    def element(self) -> str:
+        """What a code is, for people."""
+
+    def groups(self, columns: int) -> int:
+        """Number of groups in a row of ``columns`` weights."""
+
+
+class Encoded(Protocol):
+    """A weight as codes and scales."""
+
+    @property
+    def scheme(self) -> Scheme: ...
+
+    @property
+    def codes(self) -> torch.Tensor:
+        """uint8 [out, in], one a weight."""
+
+    def dequantize(self) -> torch.Tensor:
+        """The weight these codes mean, float32 [out, in]."""
+
+    def split(self, heights: Sequence[int]) -> Sequence[Encoded]:
+        """The weights of ``heights`` rows each that were stacked."""
+
+
+def told(scheme: Scheme) -> str:
+    """A scheme in words."""
+    groups = "one scale a row" if scheme.group_size == -1 else f"groups of {scheme.group_size}"
+    return f"{scheme.element}, {groups}, {'symmetric' if scheme.symmetric else 'asymmetric'}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,8 +78,11 @@ class IntScheme:
     symmetric: bool
     reordered: bool = False
 
+    @property
+    def element(self) -> str:
+        return f"{self.bits} bits"
+
     def groups(self, columns: int) -> int:
-        """Number of groups in a row of ``columns`` weights."""
         return 1 if self.group_size == -1 else columns // self.group_size
 
     @property
@@ -49,6 +104,11 @@ class Quantized:
     scale: torch.Tensor
     zero: torch.Tensor
     group_index: torch.Tensor | None = None
+
+    def split(self, heights: Sequence[int]) -> list[Quantized]:
+        """The weights of ``heights`` rows each that were stacked."""
+        parts = zip(*(t.split(list(heights)) for t in (self.codes, self.scale, self.zero)), strict=True)
+        return [Quantized(self.scheme, codes, scale, zero, self.group_index) for codes, scale, zero in parts]
 
     def dequantize(self) -> torch.Tensor:
         """The weight these codes mean, float32 [out, in]."""
