@@ -219,6 +219,8 @@ def verify(
             trust_remote_code=job.settings.trust_remote_code,
         )
         checks["dequantize"] = loaded.dequantize
+        if loaded.dtype is not None:
+            checks["dtype"] = str(loaded.dtype).removeprefix("torch.")
         checks["loader"] = "stock transformers" + (", dequantize=True" if loaded.dequantize else "")
         checks["perplexity_reloaded"] = perplexity(loaded.losses)
         if loaded.rounds:

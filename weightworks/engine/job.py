@@ -62,7 +62,7 @@ class Job:
     blocks: list[list[Linear]] = field(init=False)
     kept: dict[str, str] = field(init=False, default_factory=dict)  # matrices inside blocks left as they are, and why
     returns_tuple: int = field(init=False, default=0)  # length of the tuple blocks return, once that is proven
-    keeps: Mapping[str, int] = field(init=False, default_factory=dict)  # what surveys found, by tensor
+    found: Mapping[str, Any] = field(init=False, default_factory=dict)  # what surveys found, by tensor
 
     def __post_init__(self) -> None:
         self.view = DenseView(self.checkpoint)
@@ -139,7 +139,7 @@ class Job:
     def format(self) -> Format | None:
         """The container of quantized weights; None when dense weights are written."""
         name = getattr(self.options, "format", "dense")
-        return None if self.scheme is None or name == "dense" else find_format(name)
+        return None if self.scheme is None or name == "dense" else find_format(name, self.scheme)
 
     def _ignored(self, *names: str) -> bool:
         return any(matches(pattern, name) for pattern in getattr(self.options, "ignored", ()) for name in names)
@@ -158,8 +158,9 @@ class Job:
             way = f"widths here: {widths}; choose {{}} that divides them{{}}, or --ignore them"
             pruning = hasattr(self.method, "refusal")
             hint = "change what is named there, or --ignore these tensors"
+            named = getattr(self.options, "scheme", None)
             if any("not divisible" in reason for reason in problems.values()):
-                hint = way.format("a --group-size", ", -1 for per channel")
+                hint = way.format("a --scheme" if named else "a --group-size", "" if named else ", -1 for per channel")
             if any("not a multiple" in reason for reason in problems.values()):
                 hint = way.format("a --pattern N:M with an M", "")
             raise MethodError(
@@ -238,8 +239,9 @@ class Job:
         first_version = (
             self.format is not None and self.format.name == "gptq"
         )  # it stores zero - 1, so 0 cannot be held
-        place, keep = self.block_of[linear.tensor], self.keeps.get(linear.tensor)
-        return Target(linear.tensor, scale_dtype, int(first_version), place, keep, linear.dtype)
+        place, found = self.block_of[linear.tensor], self.found.get(linear.tensor)
+        keep = found if isinstance(found, int) else None
+        return Target(linear.tensor, scale_dtype, int(first_version), place, keep, linear.dtype, found)
 
     def stored(self, linear: Linear, solution: Solution) -> dict[str, torch.Tensor]:
         """The tensors that will stand for a solved weight, and for its mask."""

@@ -29,12 +29,14 @@ from weightworks.errors import DegradedError, OutputError, ResourceError, Weight
 from weightworks.plan.keys import reads_text, trains
 from weightworks.plan.reduce import plan_reduction
 from weightworks.plan.texts import Text, calibrate, check_windows, dtype_of_passes, lessons
+from weightworks.report.card import hardware
 from weightworks.report.progress import Progress
 from weightworks.stage import catalog
 from weightworks.stage.protocols import by_gradients
 from weightworks.stage.settings import Settings
 from weightworks.store.checkpoint import FACTORS, Checkpoint
 from weightworks.store.manifest import changed_files, read_provenance
+from weightworks.store.packing import told
 from weightworks.store.sources import file_digest
 from weightworks.store.writer import CheckpointWriter, check_target
 from weightworks.stream.lessons import Lessons
@@ -208,6 +210,7 @@ def execute(
             results["partial"] = stream_perplexity(job, written, probe, costs.reload_blocks)
         facts: dict[str, Any] = {
             "size": sizes(job, results["rows"]),
+            **({"format": f"{job.format.name}: {told(job.scheme)}"} if job.format and job.scheme else {}),
             "quality": {key: results[key] for key in ("dense", "result")},
             **({"training": results["training"]} if "training" in results else {}),
         }
@@ -271,6 +274,8 @@ def default_target(checkpoint: Checkpoint, method: str, options: Any) -> Path:
     if (share := getattr(options, "sparsity", None)) is not None:
         pattern = getattr(options, "pattern", "unstructured")
         method += f"-s{100 * share:g}" if pattern == "unstructured" else f"-{pattern.replace(':', 'of')}"
+    if (named := hardware({"scheme": getattr(options, "scheme", None)})) is not None:
+        return Path(f"{name}-{method}-{named.lower().replace('_', '-')}")
     if (bits := getattr(options, "bits", None)) is None:
         return Path(f"{name}-{method}")
     size = getattr(options, "group_size", -1)

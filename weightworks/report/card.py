@@ -74,7 +74,7 @@ def model_card(source: Checkpoint, name: str, provenance: dict[str, Any], dequan
         rows.append((what, f"{facts['source']}, {facts['windows']} windows of {facts['seq_len']} tokens"))
     rows.append(("checked with", provenance["checks"]["loader"]))
     if "quantized_weights" in size:
-        rows.append(("format", str(options.get("format"))))
+        rows.append(("format", str(provenance.get("format", options.get("format")))))
     degraded = provenance["fallbacks"]
     listed = "\n".join(f"- {line}" for line in degraded)
     return _filled(
@@ -82,12 +82,18 @@ def model_card(source: Checkpoint, name: str, provenance: dict[str, Any], dequan
         name=name,
         sentence=sentence,
         facts="\n".join(f"| {key} | {value} |" for key, value in rows),
-        snippet=snippet(name, dequantize),
+        snippet=snippet(name, dequantize, provenance["checks"].get("dtype")),
         command=command(provenance, source),
         fallbacks=f"## Fallbacks\n\nOn these tensors the method could not be applied as asked:\n\n{listed}\n"
         if degraded
         else "",
     )
+
+
+def hardware(options: Mapping[str, Any]) -> str | None:
+    """The hardware format that weights were quantized to, or that their inputs are rounded; None for plain integers."""
+    name = options.get("scheme")
+    return None if name is None or re.fullmatch(r"W\dA16(_ASYM)?", name) else str(name)
 
 
 def _done(label: str, options: Mapping[str, Any], *, factored: bool) -> str:
@@ -97,6 +103,8 @@ def _done(label: str, options: Mapping[str, Any], *, factored: bool) -> str:
     grid = "one scale a row" if group == -1 else f"groups of {group}"
     if kind == "recover":
         return f"trained to win back what pruning cost, zeros held ({method})"
+    if kind != "prune" and (name := hardware(options)) is not None:
+        return f"quantized to {name} ({method})"
     if kind != "prune":
         return f"quantized to {bits} bits ({method}, {grid})"
     pattern = options.get("pattern", "unstructured")
@@ -290,8 +298,13 @@ def source_license(root: Path) -> str | None:
     return found.group(1) if found else None
 
 
-def snippet(name: str, dequantize: bool) -> str:
-    """Python lines that load the folder with transformers."""
+def snippet(name: str, dequantize: bool, dtype: str | None = None) -> str:
+    """Python lines that load the folder with transformers; ``dtype`` is the only one it runs in."""
+    if dtype is not None and not dequantize:
+        return (
+            "import torch\nfrom transformers import AutoModelForCausalLM\n\n"
+            f'model = AutoModelForCausalLM.from_pretrained("{name}", dtype=torch.{dtype})'
+        )
     if dequantize:
         return (
             "from transformers import AutoModelForCausalLM, CompressedTensorsConfig\n\n"

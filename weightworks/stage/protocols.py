@@ -27,7 +27,8 @@ class Target:
 
     ``name`` is the checkpoint tensor; ``scale_dtype`` the dtype scales are stored in; ``min_zero`` the smallest zero
     point the container can hold. ``block`` is the number of the decoder block it is in. ``keep`` is how many of its
-    weights stay, where surveys have shared that out over the model. ``dtype`` is that of a dense result.
+    weights stay, where surveys have shared that out over the model; ``found`` is what else they found of it. ``dtype`` is
+    that of a dense result.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Target:
     block: int = 0
     keep: int | None = None
     dtype: torch.dtype = field(default_factory=lambda: torch.float32)  # read when first made: torch loads late
+    found: Any = None
 
 
 @dataclass
@@ -134,7 +136,8 @@ class Survey:
     """A pass over the whole model before any weight is changed, for methods that share something out over it.
 
     A method that needs some has ``surveys()``, which lists them in the order they are made; the last one's finding is, by
-    tensor, how many weights stay (``Target.keep``). Figures and findings are JSON-compatible: they are journalled.
+    tensor, how many weights stay (``Target.keep``), or else what the method wants to know (``Target.found``). Figures and
+    findings are JSON-compatible: they are journalled.
 
     ``look(weights, statistics, targets, found)`` gives the figures of a block's linears (float32 [out, in], read when
     indexed), ``found`` being the finding of the survey before, None at first. ``statistics`` holds what ``watch`` made

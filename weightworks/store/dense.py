@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cached_property
 
 import torch
 
 from weightworks.store.checkpoint import Checkpoint
 from weightworks.store.formats import packed_scheme
-from weightworks.store.layout import Format
+from weightworks.store.layout import Format, inputs_of
 from weightworks.store.packing import Scheme
 from weightworks.store.tensorfile import TensorInfo, TensorSpec
 
@@ -52,6 +52,12 @@ class DenseView:
 
     def is_packed(self, name: str) -> bool:
         return name.removesuffix(".weight") in self.packed
+
+    def inputs(self, name: str) -> Callable[[torch.Tensor], torch.Tensor] | None:
+        """What is done to inputs [..., in] before weight ``name`` multiplies them; None if nothing."""
+        if not self.is_packed(name):
+            return None
+        return inputs_of(self.checkpoint, name.removesuffix(".weight"), self.scheme)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of the dense tensor, from headers alone (GPTQ layouts give [out, in])."""

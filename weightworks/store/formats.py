@@ -7,23 +7,24 @@ from typing import Any
 
 from weightworks.errors import CheckpointError, UsageError, nearest
 from weightworks.store.checkpoint import Checkpoint
-from weightworks.store.compressed import CompressedTensors
+from weightworks.store.compressed import LAYOUTS, layout_of
 from weightworks.store.gptqmodel import Gptq
 from weightworks.store.layout import Format
 from weightworks.store.packing import IntScheme, Scheme
+from weightworks.store.quantargs import scheme_of
 
 FORMATS: dict[str, Format] = {
-    "compressed-tensors": CompressedTensors(),
+    "compressed-tensors": LAYOUTS["pack-quantized"],
     "gptq": Gptq(),
     "gptq_v2": Gptq(name="gptq_v2", version=2),
 }
 
 
-def find_format(name: str) -> Format:
-    """The format called ``name``."""
+def find_format(name: str, scheme: Scheme | None = None) -> Format:
+    """The format called ``name``, in the layout that fits ``scheme``."""
     if name not in FORMATS:
         raise UsageError(f"unknown format '{name}' ({nearest(name, [*FORMATS, 'dense'])})")
-    return FORMATS[name]
+    return layout_of(scheme) if name == "compressed-tensors" and scheme is not None else FORMATS[name]
 
 
 def packed_scheme(checkpoint: Checkpoint) -> tuple[Format, Scheme] | None:
@@ -44,7 +45,7 @@ def packed_scheme(checkpoint: Checkpoint) -> tuple[Format, Scheme] | None:
         kind = f"{config.get('quant_method')}/{config.get('format')}" if isinstance(config, dict) else str(config)
         raise CheckpointError(
             f"{checkpoint.root}: quantized as {kind}, which cannot be decoded",
-            hint="known: compressed-tensors pack-quantized, one group; gptq; gptq_v2; start from the dense checkpoint",
+            hint="known: compressed-tensors of one group of layers; gptq; gptq_v2; start from the dense checkpoint",
         )
     return known
 
@@ -57,12 +58,8 @@ def _scheme(config: Mapping[str, Any]) -> tuple[Format, Scheme] | None:
             config["bits"], config["group_size"], bool(config.get("sym", True)), bool(config.get("desc_act"))
         )
         return FORMATS["gptq_v2" if version == 2 else "gptq"], scheme
-    if method == "compressed-tensors" and config.get("format") == "pack-quantized":
-        groups = list(config["config_groups"].values())
-        weights = groups[0]["weights"]
-        reordered = weights.get("actorder") in ("group", "dynamic")  # deprecated: columns go by weight_g_idx
-        if len(groups) == 1 and weights["type"] == "int" and not reordered:
-            return FORMATS["compressed-tensors"], IntScheme(
-                weights["num_bits"], weights.get("group_size") or -1, weights["symmetric"]
-            )
+    if method == "compressed-tensors" and len(config["config_groups"]) == 1:
+        found = scheme_of(*config["config_groups"].values())
+        if found is not None and layout_of(found).layout == config["format"]:
+            return layout_of(found), found
     return None

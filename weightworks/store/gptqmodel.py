@@ -31,9 +31,12 @@ class Gptq:
     name: str = "gptq"
     version: int = 1
     marker: str = "qweight"
+    decodes_to: torch.dtype | None = None
     suffixes: tuple[str, ...] = ("qweight", "qzeros", "scales", "g_idx")
 
     def refusal(self, scheme: Scheme, shape: tuple[int, int], *, transposed: bool, expert: bool = False) -> str | None:
+        if not isinstance(scheme, IntScheme) or scheme.inputs is not None:
+            return "the gptq layout holds integers alone; use --format compressed-tensors"
         if shape[0] % 32 or shape[1] % 32:
             return f"its shape {list(shape)} must be multiples of 32 for the gptq layout"
         return None

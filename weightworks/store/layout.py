@@ -5,12 +5,13 @@ A format turns a weight in codes into named tensors and back. ``base`` is the te
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
 
 from weightworks.errors import CheckpointError, nearest
+from weightworks.store.floats import rounding
 from weightworks.store.packing import Encoded, Scheme
 from weightworks.store.tensorfile import TensorInfo, TensorSpec
 
@@ -36,6 +37,10 @@ class Format(Protocol):
         """The ending of a tensor's name that only packed weights have."""
 
     @property
+    def decodes_to(self) -> torch.dtype | None:
+        """The dtype that stock loaders decode weights to, whatever they are asked for; None for the one asked for."""
+
+    @property
     def suffixes(self) -> tuple[str, ...]:
         """Endings of the names of all tensors that may stand for a weight."""
 
@@ -59,6 +64,14 @@ class Format(Protocol):
 
     def load(self, reader: TensorReader, base: str, scheme: Any) -> Encoded:
         """Read the weight back."""
+
+
+def inputs_of(reader: TensorReader, base: str, scheme: Scheme | None) -> Callable[[torch.Tensor], torch.Tensor] | None:
+    """What is done to inputs before a packed weight multiplies them; None if nothing."""
+    if scheme is None or scheme.inputs is None:
+        return None
+    local = scheme.inputs.scales == "E4M3"
+    return rounding(scheme.inputs, part(reader, f"{base}.input_global_scale", (1,), scheme.bits) if local else None)
 
 
 def shape_of(reader: TensorReader, name: str) -> tuple[int, ...]:

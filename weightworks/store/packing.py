@@ -13,6 +13,8 @@ from typing import Protocol
 
 import torch
 
+from weightworks.store.inputs import InputScheme
+
 DECODED = 1 << 22  # weights decoded at a time: what is computed on the way stays small
 
 
@@ -39,6 +41,10 @@ class Scheme(Protocol):
     def element(self) -> str:
         """What a code is, for people."""
 
+    @property
+    def inputs(self) -> InputScheme | None:
+        """How inputs are rounded where the weight is multiplied; None if they are not."""
+
     def groups(self, columns: int) -> int:
         """Number of groups in a row of ``columns`` weights."""
 
@@ -63,7 +69,8 @@ class Encoded(Protocol):
 def told(scheme: Scheme) -> str:
     """A scheme in words."""
     groups = "one scale a row" if scheme.group_size == -1 else f"groups of {scheme.group_size}"
-    return f"{scheme.element}, {groups}, {'symmetric' if scheme.symmetric else 'asymmetric'}"
+    inputs = "" if scheme.inputs is None else f"; inputs {scheme.inputs}"
+    return f"{scheme.element}, {groups}, {'symmetric' if scheme.symmetric else 'asymmetric'}{inputs}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +84,7 @@ class IntScheme:
     group_size: int
     symmetric: bool
     reordered: bool = False
+    inputs: InputScheme | None = None
 
     @property
     def element(self) -> str:

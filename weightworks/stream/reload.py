@@ -41,12 +41,13 @@ class Reload:
     """What stock transformers made of a folder.
 
     ``losses`` are per token, [n, seq - 1]; ``dequantize`` says that it had to be asked for dense weights; ``weights``
-    gives the weights it ran with.
+    gives the weights it ran with; ``dtype`` is the one it must be loaded in, None if any will do.
     """
 
     losses: torch.Tensor
     dequantize: bool
     weights: Rounded
+    dtype: torch.dtype | None = None
 
     @property
     def rounds(self) -> bool:
@@ -69,9 +70,10 @@ def stock_losses(
     :class:`VerificationError` when it cannot be loaded.
     """
     view = DenseView(checkpoint)
+    fixed = None if view.format is None else view.format.decodes_to
     try:
         losses = _losses(checkpoint, tokens, blocks, trust_remote_code, dequantize=False)
-        return Reload(losses, False, Rounded(view, _experts(skeleton)))
+        return Reload(losses, False, Rounded(view, view.names if fixed else _experts(skeleton), inputs=True), fixed)
     except VerificationError:
         if view.format is None or view.format.name != "compressed-tensors":
             raise
@@ -103,7 +105,12 @@ def _losses(
                     parameter.data = parameter.data.float()
                 elif parameter.dtype != torch.float32:  # a view of the mapped file: one keeps all its pages in memory
                     parameter.data = parameter.data.clone()
-            model(tokens[:1, :1], use_cache=False)  # packed weights are decoded at the first call
+            if packed_scheme(checkpoint) is not None and hasattr(model, "ct_decompress_hook"):
+                # What its first call would do: some formats are decoded to bfloat16, which no float32 layer takes as it is.
+                model.hf_quantizer.compressor.decompress_model(model)
+                for parameter in model.parameters():
+                    parameter.data = parameter.data.float()
+            model(tokens[:1, :1], use_cache=False)  # other packed weights are decoded at the first call
             release()
             return torch.cat([window_losses(model(row, use_cache=False).logits, row) for row in tokens.split(1)])
     except Exception as error:  # whatever the loader raises, the folder is not what it should be
@@ -114,16 +121,23 @@ def _losses(
 
 
 class Rounded:
-    """Dense weights, the packed ones among ``names`` in the dtype of their scales, as loaders unpack them."""
+    """Dense weights, the packed ones among ``names`` in the dtype that loaders unpack them to: the format's, or that of their
+    scales. ``inputs`` says whether layers round their inputs, as they do unless all is unpacked at once."""
 
-    def __init__(self, view: DenseView, names: Iterable[str]) -> None:
+    def __init__(self, view: DenseView, names: Iterable[str], *, inputs: bool = False) -> None:
         self.view, self.is_packed = view, view.is_packed
+        fixed = None if view.format is None else view.format.decodes_to
         scales = {name: view.tensors.get(name.removesuffix("weight") + "weight_scale") for name in names}
-        self.dtypes = {name: scale.dtype for name, scale in scales.items() if scale is not None}
+        self.dtypes = {name: fixed or scale.dtype for name, scale in scales.items() if scale is not None}
+        self.inputs = view.inputs if inputs else _as_given
 
     def read(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
         weight = self.view.read(name, self.dtypes.get(name))
         return weight if dtype is None else weight.to(dtype)
+
+
+def _as_given(name: str) -> None:
+    """Nothing is done to inputs."""
 
 
 def _experts(skeleton: Skeleton) -> list[str]:
