@@ -50,6 +50,11 @@ class DenseView:
             names[f"{base}.weight" if packed else name] = None
         return list(names)
 
+    @property
+    def packed_names(self) -> list[str]:
+        """Names of the dense tensors that are stored packed, in file order."""
+        return [name for name in self.names if self.is_packed(name)]
+
     def is_packed(self, name: str) -> bool:
         return name.removesuffix(".weight") in self.packed
 
