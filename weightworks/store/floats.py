@@ -49,6 +49,10 @@ class FloatScheme:
         return False
 
     @property
+    def code(self) -> str:
+        return self.kind
+
+    @property
     def element(self) -> str:
         scales = "" if self.scales == "plain" else f" with {self.scales} scales"
         blocks = "" if self.rows == 1 else f" in blocks of {self.rows} rows"

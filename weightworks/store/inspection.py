@@ -81,9 +81,7 @@ def _row(view: DenseView, name: str, sparsity: bool) -> dict[str, Any]:
         ]
         size, stored = (
             sum(part.nbytes for part in parts),
-            f"{view.scheme.bits}-bit codes"
-            if view.scheme.element.endswith("bits")
-            else f"{view.scheme.element.split()[0]} codes",
+            f"{view.scheme.code} codes",
         )
     else:
         size, stored = view.tensors[name].nbytes, DTYPE_NAMES[view.tensors[name].dtype]

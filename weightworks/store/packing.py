@@ -39,7 +39,11 @@ class Scheme(Protocol):
 
     @property
     def element(self) -> str:
-        """What a code is, for people."""
+        """What a code is and how its scale is stored, for people."""
+
+    @property
+    def code(self) -> str:
+        """The kind of code in a word."""
 
     @property
     def inputs(self) -> InputScheme | None:
@@ -89,6 +93,10 @@ class IntScheme:
     @property
     def element(self) -> str:
         return f"{self.bits} bits"
+
+    @property
+    def code(self) -> str:
+        return f"{self.bits}-bit"
 
     def groups(self, columns: int) -> int:
         return 1 if self.group_size == -1 else columns // self.group_size
