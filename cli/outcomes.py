@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from cli.render import duration, pairs, show, size
+from weightworks.report.norms import norms
 from weightworks.report.reduction import parameters
 from weightworks.report.reduction import run_time as time_of_smaller
 from weightworks.report.sparsity import factored_run_time, factors, run_time, sparsity, weight_on_disk
@@ -82,6 +83,8 @@ def worth(facts: dict[str, Any]) -> dict[str, str]:
         told["removed"] = "; ".join(reduction["done"])
         told["parameters"] = parameters(reduction)
         told["run time"] = time_of_smaller(reduction)
+    if "norms" in facts:
+        told["norms tuned"] = norms(facts["norms"])
     if "training" in facts:
         told["training"] = training(facts["training"])
     if "quantized_weights" in sizes:

@@ -11,6 +11,7 @@ from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from compress.floatgrid import FloatGrid
 from compress.grids import AnyGrid, Grid
+from compress.norms import NormOptions
 from weightworks.options import Options
 from weightworks.stage.protocols import Target
 from weightworks.store.floats import FloatScheme, tensor_scale
@@ -116,8 +117,8 @@ class IntegerOptions(Options):
         return IntScheme(self.bits, self.group_size, self.sym, reordered)
 
 
-class GridOptions(IntegerOptions):
-    """Options of quantizers that round to hardware formats too."""
+class GridOptions(NormOptions, IntegerOptions):
+    """Options of quantizers that round to hardware formats too, and may be followed by a tuning of norms."""
 
     scheme: AnyName | None = Field(  # type: ignore[assignment]  # more names than for integers alone
         None, description="preset for bits, group size and symmetry, or a hardware format"

@@ -12,12 +12,13 @@ from typing import Literal, Self
 import torch
 from pydantic import Field, model_validator
 
-from compress import ranges
+from compress import norms, ranges
 from compress.grids import AnyGrid, grouped
 from compress.hessian import Factor, Hessian, factor
 from compress.schemes import HARDWARE, GridOptions
 from compress.sweep import COLD, Rounding, block_size, output_energy, relative_loss, sweep
 from weightworks.stage.protocols import Solution, Target
+from weightworks.stage.tweaking import Tweak
 from weightworks.store.floats import FloatScheme
 from weightworks.store.packing import Encoded, IntScheme
 
@@ -112,6 +113,9 @@ class Method:
 
     def scheme(self) -> IntScheme | FloatScheme:
         return self.options.any_scheme(reordered=self.options.act_order == "dynamic")
+
+    def tweak(self) -> Tweak | None:
+        return norms.tweak(self.options)
 
     def watch(self, columns: int, device: torch.device) -> Hessian:
         return (Seen if ranges.needed(self.scheme()) else Hessian)(columns, device)

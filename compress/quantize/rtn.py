@@ -9,10 +9,11 @@ from collections.abc import Sequence
 
 import torch
 
-from compress import ranges
+from compress import norms, ranges
 from compress.grids import grouped
 from compress.schemes import GridOptions
 from weightworks.stage.protocols import Solution, Survey, Target
+from weightworks.stage.tweaking import Tweak
 from weightworks.store.packing import Scheme
 
 PAPER = "the baseline of every paper; clipping search as in the GPTQ repository (IST-DASLab/gptq)"
@@ -35,6 +36,9 @@ class Method:
     def surveys(self) -> Sequence[Survey]:
         """The ranges of tensors, where a format has a scale for each."""
         return [ranges.survey(self.scheme())] if ranges.needed(self.scheme()) else []
+
+    def tweak(self) -> Tweak | None:
+        return norms.tweak(self.options)
 
     def apply(self, weight: torch.Tensor, target: Target) -> Solution:
         top, inputs, fallbacks = weight.abs().max(), torch.zeros(()), []

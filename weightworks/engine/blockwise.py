@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import torch
 
 from weightworks.engine.job import Job
+from weightworks.engine.tweaking import Tuner
 from weightworks.report.progress import Progress
 from weightworks.store.checkpoint import Checkpoint
 from weightworks.store.dense import DenseView
@@ -67,6 +68,14 @@ class Blockwise:
         self.states = Activations((*calibration.tokens.shape, hidden), dtype, scratch, "calibration", on_disk=on_disk)
         self.dense = Activations((*probe.shape, hidden), torch.float32, scratch, "dense")
         self.result = Activations((*probe.shape, hidden), torch.float32, scratch, "result")
+        self.streams = [(self.windows, self.states)]  # what passes the rounded model in the dtype of the passes
+        self.tuner: Tuner | None = None
+        if job.tweak is not None:
+            assert calibration.held_out is not None
+            held_out = Windows(calibration.held_out)
+            held = Activations((*held_out.tokens.shape, hidden), dtype, scratch, "held-out", on_disk=on_disk)
+            self.streams.append((held_out, held))
+            self.tuner = Tuner(job, writer, self.windows, self.states, held_out, held)
 
     @torch.no_grad()
     def run(self) -> dict[str, Any]:
@@ -84,7 +93,9 @@ class Blockwise:
         with shell(self.skeleton, job.view, self.device):
             dense, result = (self._perplexity(states) for states in (self.dense, self.result))
         steps = [self.writer.steps[f"block {index}"] for index in range(count)]
+        job.tuned = {row["tensor"] for step in steps for row in step["rows"] if "relative_change" in row}
         return {
+            **({} if self.tuner is None else {"norms": [step["norms"] for step in steps]}),
             "rows": [row for step in steps for row in step["rows"]],
             "dense": dense,
             "result": result,
@@ -95,49 +106,66 @@ class Blockwise:
         """Prove the replay, capture the blocks' arguments, and fill or restore the activations."""
         with shell(self.skeleton, self.job.view, self.device):
             self.job.returns_tuple = prove_once(self.job, self.writer, self.probe.tokens)
-            for windows in (self.windows, self.probe):
+            for windows in (self.probe, *(windows for windows, _ in self.streams)):
                 windows.capture(self.skeleton, returns_tuple=self.job.returns_tuple, device=self.device)
             if done:
-                for states in (self.states, self.dense, self.result):
-                    if states is not self.states or done < len(self.skeleton.blocks):
-                        states.restore(done)
+                for states in self._kept(last=done == len(self.skeleton.blocks)):
+                    states.restore(done)
                 return
-            for start, hidden in self.windows.embedded(self.skeleton, self.device):
-                self.states.write(start, hidden.to(self.dtype))
+            for windows, states in self.streams:
+                for start, hidden in windows.embedded(self.skeleton, self.device):
+                    states.write(start, hidden.to(self.dtype))
             for start, hidden in self.probe.embedded(self.skeleton, self.device):
                 self.dense.write(start, hidden)
                 self.result.write(start, hidden)
-            for states in (self.states, self.dense, self.result):
+            for states in self._kept(last=False):
                 states.advance()
+
+    def _kept(self, *, last: bool) -> list[Activations]:
+        """The hidden states that go on to the next block, or, after the ``last`` one, to the head."""
+        return [*([] if last else [states for _, states in self.streams]), self.dense, self.result]
 
     def _block(self, index: int) -> None:
         job, skeleton, names = self.job, self.skeleton, self.skeleton.names_of(index)
         skeleton.load(job.view, names, torch.float32, self.device)
         run_block(skeleton, index, self.probe, self.dense, torch.float32, self.device)
+        aims = None if self.tuner is None else self.tuner.aims(index)
         skeleton.cast(names, self.dtype)
         release()
         rows = self._solve(index)
-        skeleton.load(Written(job, self.writer), names, torch.float32, self.device)
+        facts: dict[str, Any] = {"rows": rows}
+        norms = job.norms[index]
+        skeleton.load(
+            Written(job, self.writer), [name for name in names if name not in norms], torch.float32, self.device
+        )
+        if self.tuner is not None and aims is not None:
+            skeleton.load(job.view, norms, torch.float32, self.device)
+            tuned = self.tuner.tune(index, aims)
+            facts = {"rows": rows + tuned["rows"], "norms": tuned["norms"]}
+            release()
         run_block(skeleton, index, self.probe, self.result, torch.float32, self.device)
         last = index == len(skeleton.blocks) - 1
         if not last:
             skeleton.cast(names, self.dtype)
-            run_block(skeleton, index, self.windows, self.states, self.dtype, self.device)
+            for windows, states in self.streams:
+                run_block(skeleton, index, windows, states, self.dtype, self.device)
         skeleton.unload(names)
-        facts: dict[str, Any] = {"rows": rows}
         if index + 1 == self.reload_blocks and not last:
             with shell(skeleton, job.view, self.device):
                 facts["perplexity"] = self._perplexity(self.result)
-        kept = [self.dense, self.result] if last else [self.states, self.dense, self.result]
+        kept = self._kept(last=last)
         for states in kept:
             states.checkpoint()
         self.writer.done(f"block {index}", facts)
         for states in kept:
             states.forget()
-        job.progress.step(summary(rows))
+        job.progress.step(summary(rows) + (f"; {norms_told(facts['norms'])}" if "norms" in facts else ""))
 
     def _solve(self, index: int) -> list[dict[str, Any]]:
-        """All linears of the loaded block: stage by stage, later ones seeing the new weights of earlier ones, or together."""
+        """All linears of the loaded block: stage by stage, later ones seeing the new weights of earlier ones, or together;
+        one by one where the method needs nothing but the weight."""
+        if not hasattr(self.method, "solve"):
+            return [row for linear in self.job.blocks[index] for row in self._group(index, [linear], None)]
         first = min(self.windows.batch, self.windows.tokens.shape[0])
         call = self.windows.call(first, self.dtype).blocks[index]
         hidden = self.states.read(0, first).to(self.device)
@@ -162,7 +190,10 @@ class Blockwise:
     def _group(self, index: int, linears: Sequence[Linear], statistics: Any) -> list[dict[str, Any]]:
         targets = [self.job.target_of(linear) for linear in linears]
         weights = [read_linear(self.job.view, linear).to(self.device) for linear in linears]
-        solutions = self.method.solve(weights, statistics, targets)
+        if hasattr(self.method, "solve"):
+            solutions = self.method.solve(weights, statistics, targets)
+        else:
+            solutions = [self.method.apply(weight, target) for weight, target in zip(weights, targets, strict=True)]
         rows = []
         for linear, solution in zip(linears, solutions, strict=True):
             for name, tensor in self.job.stored(linear, solution).items():
@@ -216,7 +247,7 @@ class Written:
         if name not in self.job.changed:
             stored = self.job.view.read(name)  # as it is copied: a sum with an adapter is rounded first
             return stored if dtype is None else stored.to(dtype)
-        if self.job.format is None or self.job.scheme is None:
+        if name not in self.job.linears or self.job.format is None or self.job.scheme is None:
             return self.writer.read(name, dtype)
         weight = self.job.format.load(self.writer, self.job.linears[name].base, self.job.scheme).dequantize()
         return weight if dtype is None else weight.to(dtype)
@@ -256,6 +287,12 @@ def summary(rows: Sequence[dict[str, Any]]) -> str:
     text = f"worst {what} error {worst.get(key, 0.0):.2%} ({worst['tensor'].removesuffix('.weight').split('.')[-1]})"
     count = sum(1 for row in rows if row.get("fallbacks"))
     return text + (f", {count} with fallbacks" if count else "")
+
+
+def norms_told(facts: dict[str, Any]) -> str:
+    """What became of a block's norms in a few words."""
+    kept = "norms tuned" if facts["kept"] else "norms left"
+    return f"{kept}, held-out loss {facts['loss_before']:.4g} -> {facts['loss_after']:.4g}"
 
 
 def hidden_size(job: Streamed) -> int:

@@ -30,6 +30,7 @@ READ = 5  # bytes a weight while we decode it: the codes, and float32
 DECODED = 13  # bytes a weight while compressed-tensors does: the codes, and three tensors of the expression
 RELOADED = 256 << 20  # what the check of a small result may take beyond the run itself
 BYTES_A_SECOND = 500e6  # reading, writing and hashing a file, end to end
+HELD_OUT = 8  # at most one window in so many only judges
 SLACK = 1.5  # work beside matrix products: attention, norms, casts, the sweep's small steps
 
 
@@ -70,6 +71,7 @@ class Sizes:
     block_stored: int  # that block in the output
     weight_count: int  # the largest weight
     statistics: int  # of the widest input
+    tuning: int  # of the graph of a batch through a block, and outputs of windows held out; 0 where no norms are tuned
     solving: int  # one input's statistics and the work on the weights that share it, whichever are largest together
     stage_statistics: int  # of all inputs that are watched in one pass (the experts of a mixture)
     activations: int  # of all calibration windows
@@ -83,7 +85,8 @@ class Sizes:
 def estimate(
     job: Job | ReduceJob, *, tokens: tuple[int, int] | None, probe: tuple[int, int], dtype: torch.dtype
 ) -> Estimate:
-    """The estimate for ``tokens`` calibration windows of a length (None: data-free) and ``probe`` windows."""
+    """The estimate for ``tokens`` calibration windows of a length, held-out ones among them (None: data-free), and ``probe``
+    windows."""
     sizes = sizes_of(job, tokens, probe, dtype)
     limit = job.settings.memory_limit or free_memory() + resident()
     on_disk, statistics = False, sizes.statistics
@@ -103,7 +106,7 @@ def estimate(
         room = max(0, min(limit, 2 * max(phases.values())) - max(phases.values()))
         statistics = min(sizes.stage_statistics, statistics + room)
         phases = _blockwise_phases(sizes, statistics, on_disk=on_disk)
-    if tokens is not None and not hasattr(job.method, "solve"):  # the result is scored afterwards
+    if tokens is not None and not job.blockwise:  # the result is scored afterwards
         phases |= {name: max(held, phases.get(name, 0)) for name, held in _tensorwise_phases(sizes).items()}
     streams = tokens is not None and not by_gradients(job.method)
     lean = _blockwise_phases(sizes, sizes.statistics, on_disk=True) if streams else phases
@@ -176,6 +179,9 @@ def sizes_of(job: Job | ReduceJob, tokens: tuple[int, int] | None, probe: tuple[
         block_stored=max(sum(written(tensor) for tensor in stored(names)) for names in blocks),
         weight_count=max(math.prod(linear.shape) for linear in linears),
         statistics=max(job.held(linear.shape[1]) for linear in linears),
+        tuning=_graph(job, tokens, batch) + 4 * config.hidden_size * windows * length // HELD_OUT
+        if tokens and job.tweak is not None
+        else 0,
         solving=max(
             job.held(width) + job.working(width) + SOLVED * sum(math.prod(linear.shape) for linear in group)
             for (_, width), group in _inputs(linears).items()
@@ -220,6 +226,7 @@ def _blockwise_phases(s: Sizes, statistics: int, *, on_disk: bool) -> dict[str, 
             "watching a block": block + statistics + max(4 * s.width, 4 + s.width) * s.inner_count,
             "solving a block": block + max(statistics, s.solving),
             "loading a block": 4 * s.block_count + READ * s.weight_count,
+            **({"tuning norms": 4 * s.block_count + s.tuning} if s.tuning else {}),
             "scoring": s.outside + 3 * s.logits,
         },
     )
@@ -241,14 +248,8 @@ def _tensorwise_phases(s: Sizes) -> dict[str, int]:
 def _gradient_phases(
     job: Job | ReduceJob, s: Sizes, tokens: tuple[int, int], limit: int
 ) -> tuple[bool, int, dict[str, int]]:
-    """Whether gradients between blocks go to disk, the room for a round of traces, and peak bytes by phase.
-
-    The graph of a window holds about a dozen tensors as wide as the widest output, and the scores of all heads.
-    """
-    config = job.skeleton.model.config.get_text_config()
-    length, heads = tokens[1], int(getattr(config, "num_attention_heads", 1))
-    widest = max(linear.shape[0] for linear in job.linears.values())
-    graph = 4 * (12 * length * widest + 3 * heads * length**2)
+    """Whether gradients between blocks go to disk, the room for a round of traces, and peak bytes by phase."""
+    graph = _graph(job, tokens, tokens[1])
     traces = [[job.method.traced(math.prod(one.shape), tokens[0]) for one in block] for block in job.blocks]
     least, most = max(map(max, filter(None, traces))), max(map(sum, traces))
 
@@ -266,6 +267,15 @@ def _gradient_phases(
     spare = limit - max(phases(0, on_disk=on_disk).values())
     room = max(least, min(most, spare))
     return on_disk, room, phases(room, on_disk=on_disk)
+
+
+def _graph(job: Job | ReduceJob, tokens: tuple[int, int], batch: int) -> int:
+    """Bytes of the graph of ``batch`` tokens through a block, in windows of a length: about a dozen tensors as wide as the
+    widest output, and the scores of all heads."""
+    config = job.skeleton.model.config.get_text_config()
+    heads = int(getattr(config, "num_attention_heads", 1))
+    widest = max(linear.shape[0] for linear in job.linears.values())
+    return 4 * batch * (12 * widest + 3 * heads * tokens[1])
 
 
 def with_heap(kept: int, phases: dict[str, int]) -> dict[str, int]:
@@ -307,11 +317,13 @@ def _seconds(job: Job | ReduceJob, tokens: tuple[int, int] | None, probe: tuple[
         count = tokens[0] * tokens[1]
         surveys = job.method.surveys() if hasattr(job.method, "surveys") else ()
         passes = (
-            (hasattr(job.method, "solve") or hasattr(job.method, "reduces"))
+            (job.blockwise or hasattr(job.method, "reduces"))
             + 2 * by_gradients(job.method)
             + sum(survey.watch is not None for survey in surveys)
         )
         work += 2.0 * 2 * passes * count * weights / speed[str(dtype).removeprefix("torch.")]
+    if tokens and job.tweak is not None:  # the dense block, a pass and its way back, what is held out before and after
+        work += 2.0 * (1 + 3 + 0.25) * tokens[0] * tokens[1] * weights / speed["float32"]
     if tokens and job.second_moments:
         inputs = {(index, linear.shape[1]) for index, block in enumerate(job.blocks) for linear in block}
         work += sum(count * width**2 + 2 / 3 * 3 * width**3 for _, width in inputs) * 1.5 / speed["float32"]

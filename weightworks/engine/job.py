@@ -26,6 +26,7 @@ from weightworks.report.card import model_card
 from weightworks.report.progress import Progress
 from weightworks.stage.protocols import Solution, Target
 from weightworks.stage.settings import Settings
+from weightworks.stage.tweaking import Tweak, tweak_of
 from weightworks.store.adapters import Adapter
 from weightworks.store.checkpoint import FACTORS, MASKS, Checkpoint
 from weightworks.store.dense import DenseView
@@ -63,6 +64,7 @@ class Job:
     kept: dict[str, str] = field(init=False, default_factory=dict)  # matrices inside blocks left as they are, and why
     returns_tuple: int = field(init=False, default=0)  # length of the tuple blocks return, once that is proven
     found: Mapping[str, Any] = field(init=False, default_factory=dict)  # what surveys found, by tensor
+    tuned: set[str] = field(init=False, default_factory=set)  # norms that came out changed, by tensor
 
     def __post_init__(self) -> None:
         self.view = DenseView(self.checkpoint)
@@ -107,9 +109,30 @@ class Job:
         return found
 
     @cached_property
+    def tweak(self) -> Tweak | None:
+        """How norms are tuned once weights are rounded; None if they are not."""
+        return tweak_of(self.method)
+
+    @cached_property
+    def norms(self) -> list[list[str]]:
+        """Parameters of norms that are tuned, by block."""
+        if self.tweak is None:
+            return [[] for _ in self.skeleton.blocks]
+        names = [name for name in self.outline.norms if len(self.skeleton.pieces[name]) == 1]
+        return [[name for name in names if name.startswith(prefix + ".")] for prefix, _ in self.skeleton.blocks]
+
+    @cached_property
     def changed(self) -> set[str]:
-        """All tensors that are not copied."""
-        return self.subset.tensors(self.skeleton) if hasattr(self.method, "subset") else set(self.linears)
+        """All tensors that are not copied; norms that are to be tuned too, whether or not that will be kept."""
+        if hasattr(self.method, "subset"):
+            return self.subset.tensors(self.skeleton)
+        norms = (self.skeleton.pieces[name][0].tensor for block in self.norms for name in block)
+        return set(self.linears) | set(norms)
+
+    @property
+    def blockwise(self) -> bool:
+        """Whether the blocks are done one after the other: weights by inputs, or norms after them."""
+        return hasattr(self.method, "solve") or self.tweak is not None
 
     def held(self, columns: int) -> int:
         """Bytes of the statistics of an input of so many columns."""
@@ -150,6 +173,11 @@ class Job:
             raise MethodError(
                 f"{self.checkpoint.root}: nothing to do: no linear layer is left after --ignore",
                 hint=f"ignored: {', '.join(getattr(self.options, 'ignored', ()))}",
+            )
+        if self.tweak is not None and not any(self.norms):
+            raise MethodError(
+                f"{self.checkpoint.root}: norm_tweak is asked for, but no norm inside the blocks has gains",
+                hint="leave it out",
             )
         problems = self._misfits()
         if problems:
@@ -313,7 +341,8 @@ class Job:
 
     def account(self) -> dict[str, Any]:
         """What became of every input tensor: transformed or copied, with the reason a matrix was left as it is."""
-        copied = [name for name in self.checkpoint.tensors if name not in self.changed]
+        done = self.changed if self.tweak is None else {*self.linears, *self.tuned}
+        copied = [name for name in self.checkpoint.tensors if name not in done]
         left = {
             name: self.kept.get(name, "unused by the model")
             for name in copied
@@ -321,7 +350,8 @@ class Job:
         }
         return {
             "input": len(self.checkpoint.tensors),
-            "transformed": len(self.changed),
+            "transformed": len(done) - len(self.tuned),
+            **({} if self.tweak is None else {"tuned": len(self.tuned)}),
             "copied": len(copied),
             "dropped": 0,
             "left_as_they_are": left,

@@ -91,6 +91,8 @@ class ReduceJob:
 
     teacher: ClassVar[None] = None
     together: ClassVar[bool] = False
+    tweak: ClassVar[None] = None
+    blockwise: ClassVar[bool] = False
 
     label: str
     version: int

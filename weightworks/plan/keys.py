@@ -25,6 +25,7 @@ from weightworks.errors import WeightworksError
 from weightworks.plan.graph import Recipe, Stage
 from weightworks.stage import catalog
 from weightworks.stage.settings import Settings
+from weightworks.stage.tweaking import tweak_of
 from weightworks.store.sources import Digests, folders
 
 NUMERIC = ("torch", "numpy", "scipy", "transformers", "safetensors")  # versions that may change a bit of the output
@@ -108,10 +109,11 @@ def made(module: Any, options: Any) -> Any:
 
 
 def reads_text(method: Any) -> bool:
-    """Whether a method, or a survey it asks for, looks at the inputs that a text makes, or trains on it."""
+    """Whether a method, a survey before it or a step after it looks at the inputs that a text makes, or trains on it."""
     merges = hasattr(method, "merge")  # their surveys are others
     surveys = method.surveys() if hasattr(method, "surveys") and not merges else ()
-    return shaped_by_text(method) or any(survey.watch is not None for survey in surveys)
+    followed = tweak_of(method) is not None
+    return shaped_by_text(method) or followed or any(survey.watch is not None for survey in surveys)
 
 
 def shaped_by_text(method: Any) -> bool:

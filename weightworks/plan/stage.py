@@ -142,7 +142,8 @@ def estimated(job: Job | ReduceJob, text: Text | None, probe: tuple[int, int], d
     if isinstance(text, Lessons):
         assert isinstance(job, Job)
         return estimate_training(job, text, probe=probe, dtype=dtype)
-    tokens = None if text is None else (text.tokens.shape[0], text.tokens.shape[1])
+    held_out = 0 if text is None or text.held_out is None else len(text.held_out)
+    tokens = None if text is None else (text.tokens.shape[0] + held_out, text.tokens.shape[1])
     return estimate(job, tokens=tokens, probe=probe, dtype=dtype)
 
 
@@ -183,7 +184,7 @@ def execute(
             copy_rest(job, writer)
             whole = costs.reload_blocks == len(job.skeleton.blocks)
             results["partial"] = results["result"] if whole else None
-        elif calibration is not None and hasattr(job.method, "solve"):
+        elif calibration is not None and job.blockwise:
             results = Blockwise(
                 job,
                 writer,
@@ -213,6 +214,7 @@ def execute(
             **({"format": f"{job.format.name}: {told(job.scheme)}"} if job.format and job.scheme else {}),
             "quality": {key: results[key] for key in ("dense", "result")},
             **({"training": results["training"]} if "training" in results else {}),
+            **({"norms": results["norms"]} if "norms" in results else {}),
         }
         if text is not None:
             facts |= calibrated(job, text, dtype)

@@ -18,12 +18,15 @@ from weightworks.stream.skeleton import Skeleton
 
 Text = Calibration | Lessons  # what a run reads
 CALIBRATION_WINDOWS = 128
+HELD_OUT = 8  # beside so many windows another is held out, where a step is kept only if it helps
 PROBE_WINDOWS, PROBE_LENGTH = 4, 256  # the check text: enough to tell a broken folder from a sound one
 
 
 def calibrate(job: Job | ReduceJob) -> Calibration:
     """The job's calibration windows, as its settings ask for them."""
-    return read_windows(job, job.settings.num_samples or CALIBRATION_WINDOWS)
+    count = job.settings.num_samples or CALIBRATION_WINDOWS
+    judged = isinstance(job, Job) and job.tweak is not None
+    return read_windows(job, count, max(1, count // HELD_OUT) if judged else 0)
 
 
 def lessons(job: Job) -> Lessons:
@@ -45,8 +48,8 @@ def lessons(job: Job) -> Lessons:
     )
 
 
-def read_windows(job: Job | ReduceJob, count: int) -> Calibration:
-    """``count`` windows of the data set in the job's settings."""
+def read_windows(job: Job | ReduceJob, count: int, held_out: int = 0) -> Calibration:
+    """``count`` windows of the data set in the job's settings, and others held out."""
     settings, length = job.settings, min(job.settings.seq_len, job.skeleton.context_length)
     if settings.dataset == "self":
         from weightworks.stream.selfwritten import write_windows
@@ -56,6 +59,7 @@ def read_windows(job: Job | ReduceJob, count: int) -> Calibration:
             count,
             length,
             settings.seed,
+            held_out=held_out,
             free_bytes=settings.memory_limit or free_memory(),
             trust_remote_code=settings.trust_remote_code,
         )
@@ -65,6 +69,7 @@ def read_windows(job: Job | ReduceJob, count: int) -> Calibration:
         num_samples=count,
         seq_len=length,
         seed=settings.seed,
+        held_out=held_out,
         trust_remote_code=settings.trust_remote_code,
     )
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from weightworks.report.norms import norms
 from weightworks.report.reduction import parameters
 from weightworks.report.reduction import run_time as time_of_smaller
 from weightworks.report.sparsity import factored_run_time, factors, run_time, sparsity, weight_on_disk
@@ -66,6 +67,8 @@ def model_card(source: Checkpoint, name: str, provenance: dict[str, Any], dequan
         rows.append(
             ("perplexity on the built-in check text", f"{quality['dense']:.3f} before, {quality['result']:.3f} after")
         )
+    if "norms" in provenance:
+        rows.append(("norms tuned", norms(provenance["norms"])))
     if "training" in provenance:
         rows.append(("training", training(provenance["training"])))
     if provenance.get("calibration"):

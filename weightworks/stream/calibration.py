@@ -22,22 +22,28 @@ CHUNK_CHARACTERS = 1 << 16  # text is tokenised in chunks of about this size, so
 class Tokenizer(Protocol):
     def encode(self, text: str) -> list[int]: ...
 
+    def decode(self, tokens: list[int]) -> str: ...
+
 
 @dataclass(frozen=True)
 class Calibration:
     """Token windows and where they came from.
 
     tokens: int64 [windows, seq], no special tokens, no padding, windows do not overlap. ``source`` describes the text;
-    ``digest`` is the sha256 of the tokens.
+    ``digest`` is the sha256 of the tokens. ``held_out`` [some, seq] are windows that only decide whether a step helped.
     """
 
     tokens: torch.Tensor
     source: str
     requested: int
+    held_out: torch.Tensor | None = None
 
     @property
     def digest(self) -> str:
-        return hashlib.sha256(self.tokens.numpy().tobytes()).hexdigest()
+        digest = hashlib.sha256(self.tokens.numpy().tobytes())
+        if self.held_out is not None:
+            digest.update(self.held_out.numpy().tobytes())
+        return digest.hexdigest()
 
     def told(self, asked: int) -> str:
         """The windows in words, ``asked`` being the tokens a window that were asked for."""
@@ -45,6 +51,8 @@ class Calibration:
         text = f"{windows} windows of {length} tokens from {self.source}"
         if windows < self.requested:
             text += f" (asked for {self.requested}, the text has no more)"
+        if self.held_out is not None:
+            text += f" and {len(self.held_out)} held out"
         return text + (f" (asked for {asked} tokens, the model takes no more)" if length < asked else "")
 
     def facts(self) -> dict[str, Any]:
@@ -54,6 +62,7 @@ class Calibration:
             "source": self.source,
             "windows": windows,
             "windows_requested": self.requested,
+            **({} if self.held_out is None else {"windows_held_out": len(self.held_out)}),
             "seq_len": seq,
             "tokens": windows * seq,
             "digest": self.digest,
@@ -71,6 +80,9 @@ class _Fast:
     def encode(self, text: str) -> list[int]:
         return self.backend.encode(text, add_special_tokens=False).ids
 
+    def decode(self, tokens: list[int]) -> str:
+        return self.backend.decode(tokens)
+
 
 class _Slow:
     """Any other tokenizer transformers can load."""
@@ -82,6 +94,9 @@ class _Slow:
 
     def encode(self, text: str) -> list[int]:
         return self.backend(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+    def decode(self, tokens: list[int]) -> str:
+        return self.backend.decode(tokens, skip_special_tokens=True)
 
 
 def load_tokenizer(root: Path, *, trust_remote_code: bool = False) -> Tokenizer:
@@ -98,9 +113,16 @@ def load_tokenizer(root: Path, *, trust_remote_code: bool = False) -> Tokenizer:
 
 
 def load_windows(
-    dataset: str, tokenizer_root: Path, *, num_samples: int, seq_len: int, seed: int, trust_remote_code: bool = False
+    dataset: str,
+    tokenizer_root: Path,
+    *,
+    num_samples: int,
+    seq_len: int,
+    seed: int,
+    held_out: int = 0,
+    trust_remote_code: bool = False,
 ) -> Calibration:
-    """``num_samples`` windows of ``seq_len`` tokens from ``dataset``.
+    """``num_samples`` windows of ``seq_len`` tokens from ``dataset``, and ``held_out`` more that are kept apart.
 
     A text long enough is cut into windows from end to end and a seeded choice of them is taken, in text order; a shorter
     one gives all the windows it has. Raises :class:`CalibrationError` for unreadable, empty or too short text.
@@ -109,19 +131,22 @@ def load_windows(
     if dataset == "builtin":
         from weightworks.stream.builtin import calibration_text, description
 
-        text = calibration_text(num_samples * seq_len)
+        text = calibration_text((num_samples + held_out) * seq_len)
         tokens = encode_all(tokenizer, [text])
-        return choose(tokens, description(), num_samples, seq_len, seed)
+        return choose(tokens, description(), num_samples, seq_len, seed, held_out)
     tokens = encode_all(tokenizer, read_texts(dataset))
     if tokens.numel() == 0:
         raise CalibrationError(
             f"{dataset}: the text is empty", hint="give a text with words in it, or --dataset builtin"
         )
-    return choose(tokens, describe(dataset), num_samples, seq_len, seed)
+    return choose(tokens, describe(dataset), num_samples, seq_len, seed, held_out)
 
 
-def choose(tokens: torch.Tensor, source: str, count: int, seq_len: int, seed: int) -> Calibration:
-    """A seeded choice of ``count`` non-overlapping windows of a token stream int64 [n]."""
+def choose(tokens: torch.Tensor, source: str, count: int, seq_len: int, seed: int, held_out: int = 0) -> Calibration:
+    """A seeded choice of ``count`` non-overlapping windows of a token stream int64 [n], and of others to hold out.
+
+    The first are the same whether or not others are held out, as long as the text has enough.
+    """
     available = tokens.numel() // seq_len
     if available == 0:
         raise CalibrationError(
@@ -129,8 +154,29 @@ def choose(tokens: torch.Tensor, source: str, count: int, seq_len: int, seed: in
             hint="give a longer text, or a smaller --seq-len",
         )
     windows = tokens[: available * seq_len].view(available, seq_len)
-    order = torch.randperm(available, generator=torch.Generator().manual_seed(seed))[:count]
-    return Calibration(windows[order.sort().values].clone(), source, count)
+    order = torch.randperm(available, generator=torch.Generator().manual_seed(seed))[: count + held_out]
+    return split(windows[order], source, count, held_out, in_order=order)
+
+
+def split(
+    windows: torch.Tensor, source: str, count: int, held_out: int, in_order: torch.Tensor | None = None
+) -> Calibration:
+    """The first ``count`` of ``windows`` [n, seq] to calibrate with, the others held out, both in the order of their places
+    ``in_order``; where there are fewer than asked for, a share of them.
+
+    Raises :class:`CalibrationError` if none would be left.
+    """
+    if held_out and len(windows) < count + held_out:
+        if len(windows) < 2:
+            raise CalibrationError(
+                f"{source}: has a single window of {windows.shape[1]} tokens, so none can be held out",
+                hint="give a longer text, or a smaller --seq-len",
+            )
+        held_out = max(1, len(windows) * held_out // (count + held_out))
+    first = len(windows) - held_out
+    order = torch.arange(len(windows)) if in_order is None else in_order
+    used, held = (part.sort().indices for part in (order[:first], order[first:]))
+    return Calibration(windows[:first][used], source, count, windows[first:][held] if held_out else None)
 
 
 def encode_all(tokenizer: Tokenizer, texts: Iterable[str]) -> torch.Tensor:

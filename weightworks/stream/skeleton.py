@@ -91,7 +91,9 @@ class Skeleton:
             earlier.remove()
         module = self.holder(name)
         if rounded is not None and isinstance(module, nn.Linear):
-            self._rounding[name] = module.register_forward_pre_hook(lambda _, given: (rounded(given[0]), *given[1:]))
+            self._rounding[name] = module.register_forward_pre_hook(
+                lambda _, given: (straight_through(rounded, given[0]), *given[1:])
+            )
 
     def assemble(self, reader: DenseReader, name: str, dtype: torch.dtype) -> torch.Tensor:
         """One parameter from its pieces."""
@@ -164,6 +166,23 @@ class Skeleton:
             tensor = self.get(name)
             if tensor.dtype.is_floating_point and tensor.dtype != dtype:
                 self.assign(name, tensor.data.to(dtype))
+
+
+class _StraightThrough(torch.autograd.Function):
+    """A rounding whose gradient is that of leaving its input as it is: its own is zero almost everywhere."""
+
+    @staticmethod
+    def forward(_: Any, x: torch.Tensor, rounded: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        return rounded(x)
+
+    @staticmethod
+    def backward(_: Any, *gradients: torch.Tensor) -> Any:
+        return gradients[0], None
+
+
+def straight_through(rounded: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    """``rounded(x)``, which gradients pass as if it were ``x``."""
+    return _StraightThrough.apply(x, rounded) if x.requires_grad else rounded(x)
 
 
 def is_transposed(module: nn.Module) -> bool:

@@ -1,0 +1,190 @@
+"""Norms of a block tuned once its weights are rounded, and kept only where windows that were held out say so.
+
+The aim is what the dense block puts out on the very inputs that the rounded one has: those the blocks before, rounded and
+tuned, have made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from weightworks.engine.job import Job
+from weightworks.stage.tweaking import Tweak
+from weightworks.store.writer import CheckpointWriter
+from weightworks.stream.activations import Activations
+from weightworks.stream.gram import Gram
+from weightworks.stream.linears import block_linears, held_weight, read_by, read_linear, watch
+from weightworks.stream.passes import Windows
+from weightworks.stream.replay import BlockCall
+
+Values = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Aims:
+    """What counts of the dense block's output, by batch: of calibration windows, if Adam is to follow it, and of those held
+    out."""
+
+    seen: list[torch.Tensor]
+    held_out: list[torch.Tensor]
+
+
+class Tuner:
+    """Tunes the norms of the block that is loaded, in float32. ``states`` are the inputs of ``windows``, ``held`` of those
+    that are held out."""
+
+    def __init__(
+        self,
+        job: Job,
+        writer: CheckpointWriter,
+        windows: Windows,
+        states: Activations,
+        held_out: Windows,
+        held: Activations,
+    ) -> None:
+        assert job.tweak is not None
+        self.job, self.writer, self.skeleton = job, writer, job.skeleton
+        self.tweak: Tweak = job.tweak
+        self.windows, self.states, self.held_out, self.held = windows, states, held_out, held
+
+    @torch.no_grad()
+    def aims(self, index: int) -> Aims:
+        """What the block, loaded dense, puts out."""
+        seen = [] if self.tweak.solve else list(self._views(index, self.windows, self.states))
+        return Aims(seen, list(self._views(index, self.held_out, self.held)))
+
+    def tune(self, index: int, aims: Aims) -> dict[str, Any]:
+        """Tune, decide and write the norms of the rounded block; they are left in it as they are stored.
+
+        Returns ``rows`` of those that changed, and of the block ``norms``: the held-out loss before and after, and whether
+        the tuned ones were kept.
+        """
+        names = self.job.norms[index]
+        before = {name: self.skeleton.get(name).clone() for name in names}
+        old = self._loss(index, aims)
+        if self.tweak.solve is None:
+            self._descend(index, aims)
+        else:
+            self._solve(index)
+        tuned = {name: self._rounded(name) for name in names}
+        self._put(tuned)
+        new = self._loss(index, aims)
+        kept = new < old  # false for NaN too
+        if not kept:
+            self._put(before)
+        rows = []
+        for name in names:
+            self.writer.put(self._tensor(name), self.skeleton.get(name).to(self._stored(name)))
+            change = float((tuned[name] - before[name]).norm() / before[name].norm().clamp(min=1e-30))
+            if kept and change:
+                rows.append(self._row(name, change))
+        facts = {"block": index, "loss_before": old, "loss_after": new, "kept": kept}
+        largest = max((row["relative_change"] for row in rows), default=0.0)
+        return {"rows": rows, "norms": {**facts, "largest_change": largest}}
+
+    # By the distribution of outputs.
+
+    @torch.enable_grad()
+    def _descend(self, index: int, aims: Aims) -> None:
+        """One pass of Adam over the calibration windows."""
+        tweak, job = self.tweak, self.job
+        parameters = [self.skeleton.parameter(name).requires_grad_() for name in job.norms[index]]
+        adam = torch.optim.Adam(parameters, lr=tweak.rate(index, len(self.skeleton.blocks)), foreach=False)
+        for (call, x), aim in zip(self._batches(index, self.windows, self.states), aims.seen, strict=True):
+            adam.zero_grad()
+            loss = tweak.loss(tweak.view(call.run(self._module(index), x)), aim)
+            if not torch.isfinite(loss):
+                break  # what is there now is judged on the windows held out
+            loss.backward()
+            adam.step()
+        for parameter in parameters:
+            parameter.grad = None
+            parameter.requires_grad_(False)
+
+    # By the outputs of the linears that read a norm.
+
+    @torch.no_grad()
+    def _solve(self, index: int) -> None:
+        """Factors of one norm after the other, each on the inputs that those before it make."""
+        assert self.tweak.solve is not None
+        job, skeleton = self.job, self.skeleton
+        dtypes = {name: info.dtype for name, info in job.checkpoint.tensors.items()}
+        linears, _ = block_linears(skeleton, index, dtypes)
+        call, x = next(self._batches(index, self.windows, self.states))
+        prefix, block = skeleton.blocks[index]
+        modules = dict.fromkeys(name.rpartition(".")[0] for name in job.norms[index])
+        readers = read_by(
+            block, call, x, {m: block.get_submodule(m.removeprefix(prefix + ".")) for m in modules}, linears
+        )
+        for module, readings in readers.items():
+            gram = Gram(readings[0].shape[1], job.device)
+            for call, x in self._batches(index, self.windows, self.states):
+                watch(block, call, x, {readings[0].address: gram.add})
+            pairs = [(read_linear(job.view, one).to(job.device), held_weight(skeleton, index, one)) for one in readings]
+            factors = self.tweak.solve(gram.mean(), pairs)
+            scale(block.get_submodule(module.removeprefix(prefix + ".")), factors)
+
+    # What both need.
+
+    @torch.no_grad()
+    def _loss(self, index: int, aims: Aims) -> float:
+        """The mean loss of the loaded block over the windows held out."""
+        views = self._views(index, self.held_out, self.held)
+        losses = [float(self.tweak.loss(made, aim)) for made, aim in zip(views, aims.held_out, strict=True)]
+        return sum(losses) / len(losses)
+
+    def _views(self, index: int, windows: Windows, states: Activations) -> Iterator[torch.Tensor]:
+        """What counts of the loaded block's output, by batch."""
+        for call, x in self._batches(index, windows, states):
+            yield self.tweak.view(call.run(self._module(index), x))
+
+    def _batches(self, index: int, windows: Windows, states: Activations) -> Iterator[tuple[BlockCall, torch.Tensor]]:
+        """Inputs [n, seq, hidden] of the block in float32, and how it is called for them."""
+        for start, stop in windows.slices():
+            call = windows.call(stop - start, torch.float32).blocks[index]
+            yield call, states.read(start, stop).to(self.job.device, torch.float32)
+
+    def _module(self, index: int) -> nn.Module:
+        return self.skeleton.blocks[index][1]
+
+    def _put(self, values: Mapping[str, torch.Tensor]) -> None:
+        for name, value in values.items():
+            self.skeleton.assign(name, value)
+
+    def _rounded(self, name: str) -> torch.Tensor:
+        """A parameter in float32 with the values that it is stored with."""
+        return self.skeleton.get(name).detach().to(self._stored(name)).float()
+
+    def _tensor(self, name: str) -> str:
+        return self.skeleton.pieces[name][0].tensor
+
+    def _stored(self, name: str) -> torch.dtype:
+        return self.job.checkpoint.info(self._tensor(name)).dtype
+
+    def _row(self, name: str, change: float) -> dict[str, Any]:
+        """The report's line on a norm that changed: by which share of its own norm."""
+        info = self.job.checkpoint.info(self._tensor(name))
+        row = {"tensor": self._tensor(name), "shape": list(info.shape), "method": "norm tweaking"}
+        return {**row, "bytes_in": info.nbytes, "bytes_out": info.nbytes, "relative_change": change}
+
+
+@torch.no_grad()
+def scale(norm: nn.Module, factors: torch.Tensor) -> None:
+    """Multiply what ``norm`` puts out by ``factors`` [hidden], through its gains and its bias.
+
+    Some models store gains less one (Gemma): a norm whose gains and bias are zero then still puts something out.
+    """
+    values = dict(norm.named_parameters(recurse=False))
+    kept = {name: value.data.clone() for name, value in values.items()}
+    for value in values.values():
+        value.data.zero_()
+    probe = torch.arange(1.0, len(factors) + 1, device=factors.device)[None]
+    offset = 1.0 if norm(probe).any() else 0.0
+    values["weight"].data.copy_((kept["weight"] + offset) * factors - offset)
+    if "bias" in values:
+        values["bias"].data.copy_(kept["bias"] * factors)
