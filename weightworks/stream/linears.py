@@ -230,9 +230,8 @@ def read_by(
     finally:
         for handle in handles:
             handle.remove()
-    return {
-        name: [linear for linear in linears if linear.address in found[name]] for name in made.values() if name in found
-    }
+    read = {name: [linear for linear in linears if linear.address in found.get(name, ())] for name in made.values()}
+    return {name: some for name, some in read.items() if some}
 
 
 def head_linear(skeleton: Skeleton, dtypes: Mapping[str, torch.dtype]) -> Linear | None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import unicodedata
 from collections import Counter
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -104,10 +105,14 @@ def _loaded(checkpoint: Checkpoint, trust_remote_code: bool) -> Any:
 
 def _write(model: torch.nn.Module, tokens: torch.Tensor, length: int, generator: torch.Generator) -> torch.Tensor:
     """Extend ``tokens`` [batch, 1] to [batch, length]."""
+    called = "cache" if "cache" in signature(model.forward).parameters else "past_key_values"  # its name before 5.24
     cache, last = None, tokens
     for position in range(1, length):
-        output = model(input_ids=last, past_key_values=cache, use_cache=True)
-        cache, logits = output.past_key_values, output.logits[:, -1].float()
+        output = model(input_ids=last, use_cache=True, **{called: cache})
+        cache, logits = (
+            output.get(called, output.past_key_values) if called == "cache" else output.past_key_values,
+            output.logits[:, -1].float(),
+        )
         if position <= GREEDY:
             last = logits.argmax(-1, keepdim=True)
         else:
