@@ -3,7 +3,8 @@
 Li et al., "Norm Tweaking: High-performance Low-bit Quantization of Large Language Models" (AAAI 2024). With f and q the
 outputs of the dense and the rounded block on the same input, the loss is the mean over channels c of
 |mean_c(f) - mean_c(q)| + |var_c(f) - var_c(q)|, taken over tokens; Adam goes once over the text, its rate growing with depth.
-The closed form instead makes the outputs of the linears that read a norm alike, in the least squares.
+The closed form instead makes the outputs of the linears that read a norm alike, in the least squares. What the loss alone
+would keep may take single outputs further from the dense ones, so their squared error must fall on held-out text too.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch
 from pydantic import Field, model_validator
 
 from weightworks.options import Options
-from weightworks.stage.tweaking import Tweak
+from weightworks.stage.tweaking import Descent, Tweak
 
 RIDGE = 0.01  # of the mean diagonal: pulls factors towards 1 where the text says little
 
@@ -26,8 +27,8 @@ class NormOptions(Options):
 
     norm_tweak: Literal["none", "adam", "closed"] = Field(
         "none",
-        description="tune the norms of each block once its weights are rounded, and keep that where the loss on held-out "
-        "text falls: adam by the distribution of each channel of the block's output (norm tweaking), closed by the "
+        description="tune the norms of each block once its weights are rounded, and keep that where errors on held-out "
+        "text fall: adam by the distribution of each channel of the block's output (norm tweaking), closed by the "
         "outputs of the linears that read a norm, solved at once",
     )
     norm_rate: float = Field(1e-3, gt=0, le=0.1, description="adam: rate of the first block")
@@ -51,8 +52,8 @@ def tweak(options: NormOptions) -> Tweak | None:
         return None
     rates = partial(rate, first=options.norm_rate, growth=options.norm_rate_growth)
     if options.norm_tweak == "closed":
-        return Tweak(torch.Tensor.float, error, rates, factors)
-    return Tweak(moments, distance, rates)
+        return Tweak({"error": error}, solve=factors)
+    return Tweak({"loss": loss, "error": error}, descent=Descent(moments, distance, rates))
 
 
 def rate(block: int, blocks: int, *, first: float, growth: float) -> float:
@@ -69,6 +70,11 @@ def moments(output: torch.Tensor) -> torch.Tensor:
 def distance(made: torch.Tensor, aim: torch.Tensor) -> torch.Tensor:
     """The channel-wise distance of distributions (the paper's equation 2) from their moments [2, hidden], 0-dimensional."""
     return (made - aim).abs().sum(0).mean()
+
+
+def loss(made: torch.Tensor, aim: torch.Tensor) -> torch.Tensor:
+    """:func:`distance` of outputs [batch, seq, hidden]."""
+    return distance(moments(made), moments(aim))
 
 
 def error(made: torch.Tensor, aim: torch.Tensor) -> torch.Tensor:

@@ -291,8 +291,8 @@ def summary(rows: Sequence[dict[str, Any]]) -> str:
 
 def norms_told(facts: dict[str, Any]) -> str:
     """What became of a block's norms in a few words."""
-    kept = "norms tuned" if facts["kept"] else "norms left"
-    return f"{kept}, held-out loss {facts['loss_before']:.4g} -> {facts['loss_after']:.4g}"
+    figures = (f"{name} {facts['before'][name]:.4g} -> {facts['after'][name]:.4g}" for name in facts["before"])
+    return f"norms {'tuned' if facts['kept'] else 'left'}, held-out {', '.join(figures)}"
 
 
 def hidden_size(job: Streamed) -> int:

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from weightworks.engine.job import Job
-from weightworks.stage.tweaking import Tweak
+from weightworks.stage.tweaking import Descent, Solve, Tweak
 from weightworks.store.writer import CheckpointWriter
 from weightworks.stream.activations import Activations
 from weightworks.stream.gram import Gram
@@ -27,8 +27,7 @@ Values = dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class Aims:
-    """What counts of the dense block's output, by batch: of calibration windows, if Adam is to follow it, and of those held
-    out."""
+    """Of the dense block by batch: what Adam is to follow on calibration windows, and the outputs of those held out."""
 
     seen: list[torch.Tensor]
     held_out: list[torch.Tensor]
@@ -55,26 +54,28 @@ class Tuner:
     @torch.no_grad()
     def aims(self, index: int) -> Aims:
         """What the block, loaded dense, puts out."""
-        seen = [] if self.tweak.solve else list(self._views(index, self.windows, self.states))
-        return Aims(seen, list(self._views(index, self.held_out, self.held)))
+        descent, seen = self.tweak.descent, []
+        if descent is not None:
+            seen = [descent.view(output) for output in self._outputs(index, self.windows, self.states)]
+        return Aims(seen, list(self._outputs(index, self.held_out, self.held)))
 
     def tune(self, index: int, aims: Aims) -> dict[str, Any]:
         """Tune, decide and write the norms of the rounded block; they are left in it as they are stored.
 
-        Returns ``rows`` of those that changed, and of the block ``norms``: the held-out loss before and after, and whether
-        the tuned ones were kept.
+        Returns ``rows`` of those that changed, and of the block ``norms``: the measures on what is held out ``before`` and
+        ``after``, and whether the tuned ones were ``kept``.
         """
         names = self.job.norms[index]
         before = {name: self.skeleton.get(name).clone() for name in names}
-        old = self._loss(index, aims)
-        if self.tweak.solve is None:
-            self._descend(index, aims)
-        else:
-            self._solve(index)
+        old = self._measured(index, aims)
+        if self.tweak.descent is not None:
+            self._descend(index, aims, self.tweak.descent)
+        if self.tweak.solve is not None:
+            self._solve(index, self.tweak.solve)
         tuned = {name: self._rounded(name) for name in names}
         self._put(tuned)
-        new = self._loss(index, aims)
-        kept = new < old  # false for NaN too
+        new = self._measured(index, aims)
+        kept = all(new[name] < old[name] for name in new)  # false for NaN too
         if not kept:
             self._put(before)
         rows = []
@@ -83,21 +84,20 @@ class Tuner:
             change = float((tuned[name] - before[name]).norm() / before[name].norm().clamp(min=1e-30))
             if kept and change:
                 rows.append(self._row(name, change))
-        facts = {"block": index, "loss_before": old, "loss_after": new, "kept": kept}
         largest = max((row["relative_change"] for row in rows), default=0.0)
-        return {"rows": rows, "norms": {**facts, "largest_change": largest}}
+        facts = {"block": index, "kept": kept, "before": old, "after": new, "largest_change": largest}
+        return {"rows": rows, "norms": facts}
 
     # By the distribution of outputs.
 
     @torch.enable_grad()
-    def _descend(self, index: int, aims: Aims) -> None:
+    def _descend(self, index: int, aims: Aims, descent: Descent) -> None:
         """One pass of Adam over the calibration windows."""
-        tweak, job = self.tweak, self.job
-        parameters = [self.skeleton.parameter(name).requires_grad_() for name in job.norms[index]]
-        adam = torch.optim.Adam(parameters, lr=tweak.rate(index, len(self.skeleton.blocks)), foreach=False)
-        for (call, x), aim in zip(self._batches(index, self.windows, self.states), aims.seen, strict=True):
+        parameters = [self.skeleton.parameter(name).requires_grad_() for name in self.job.norms[index]]
+        adam = torch.optim.Adam(parameters, lr=descent.rate(index, len(self.skeleton.blocks)), foreach=False)
+        for output, aim in zip(self._outputs(index, self.windows, self.states), aims.seen, strict=True):
             adam.zero_grad()
-            loss = tweak.loss(tweak.view(call.run(self._module(index), x)), aim)
+            loss = descent.loss(descent.view(output), aim)
             if not torch.isfinite(loss):
                 break  # what is there now is judged on the windows held out
             loss.backward()
@@ -109,9 +109,8 @@ class Tuner:
     # By the outputs of the linears that read a norm.
 
     @torch.no_grad()
-    def _solve(self, index: int) -> None:
+    def _solve(self, index: int, solve: Solve) -> None:
         """Factors of one norm after the other, each on the inputs that those before it make."""
-        assert self.tweak.solve is not None
         job, skeleton = self.job, self.skeleton
         dtypes = {name: info.dtype for name, info in job.checkpoint.tensors.items()}
         linears, _ = block_linears(skeleton, index, dtypes)
@@ -126,22 +125,24 @@ class Tuner:
             for call, x in self._batches(index, self.windows, self.states):
                 watch(block, call, x, {readings[0].address: gram.add})
             pairs = [(read_linear(job.view, one).to(job.device), held_weight(skeleton, index, one)) for one in readings]
-            factors = self.tweak.solve(gram.mean(), pairs)
+            factors = solve(gram.mean(), pairs)
             scale(block.get_submodule(module.removeprefix(prefix + ".")), factors)
 
     # What both need.
 
     @torch.no_grad()
-    def _loss(self, index: int, aims: Aims) -> float:
-        """The mean loss of the loaded block over the windows held out."""
-        views = self._views(index, self.held_out, self.held)
-        losses = [float(self.tweak.loss(made, aim)) for made, aim in zip(views, aims.held_out, strict=True)]
-        return sum(losses) / len(losses)
+    def _measured(self, index: int, aims: Aims) -> dict[str, float]:
+        """The measures of the loaded block, their means over the batches held out."""
+        sums = dict.fromkeys(self.tweak.measures, 0.0)
+        for output, aim in zip(self._outputs(index, self.held_out, self.held), aims.held_out, strict=True):
+            for name, measure in self.tweak.measures.items():
+                sums[name] += float(measure(output, aim)) / len(aims.held_out)
+        return sums
 
-    def _views(self, index: int, windows: Windows, states: Activations) -> Iterator[torch.Tensor]:
-        """What counts of the loaded block's output, by batch."""
+    def _outputs(self, index: int, windows: Windows, states: Activations) -> Iterator[torch.Tensor]:
+        """What the loaded block puts out, by batch [n, seq, hidden]; with gradients where they are on."""
         for call, x in self._batches(index, windows, states):
-            yield self.tweak.view(call.run(self._module(index), x))
+            yield call.run(self._module(index), x)
 
     def _batches(self, index: int, windows: Windows, states: Activations) -> Iterator[tuple[BlockCall, torch.Tensor]]:
         """Inputs [n, seq, hidden] of the block in float32, and how it is called for them."""

@@ -7,11 +7,11 @@ from typing import Any
 
 
 def norms(blocks: Sequence[dict[str, Any]]) -> str:
-    """In how many blocks tuned norms were kept, how far they moved, and what the held-out loss came to there."""
+    """In how many blocks tuned norms were kept, how far they moved, and what the error of those blocks' outputs came to."""
     kept = [block for block in blocks if block["kept"]]
-    text = f"kept in {len(kept)} of {len(blocks)} blocks, where the held-out loss fell"
+    text = f"kept in {len(kept)} of {len(blocks)} blocks"
     if not kept:
-        return text
-    ratio = sum(block["loss_after"] / block["loss_before"] for block in kept) / len(kept)
+        return f"{text}: it did not help on windows held out"
+    ratio = sum(block["after"]["error"] / block["before"]["error"] for block in kept) / len(kept)
     change = max(block["largest_change"] for block in kept)
-    return f"{text} (by {1 - ratio:.1%} on average, gains moved by {change:.1%} at most)"
+    return f"{text} (there error of outputs {ratio - 1:+.1%} on windows held out, gains moved by {change:.1%} at most)"

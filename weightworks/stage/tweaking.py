@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 
+Compare = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 Solve = Callable[[torch.Tensor, Sequence[tuple[torch.Tensor, torch.Tensor]]], torch.Tensor]
 
 
@@ -15,18 +16,26 @@ Solve = Callable[[torch.Tensor, Sequence[tuple[torch.Tensor, torch.Tensor]]], to
 class Tweak:
     """How the gains and biases of a block's norms are tuned once its weights are rounded.
 
-    ``view(output)`` is what counts of a block's output [batch, seq, hidden]; ``loss(made, aim)`` compares that of the rounded
-    block with that of the dense one on the same input, and decides on windows that were held out.
+    ``measures`` compare, by name, the output [batch, seq, hidden] of the rounded block with that of the dense one on the same
+    input, windows held out. All must fall, or the norms stay as they were.
 
-    ``rate(block, blocks)`` is Adam's in one pass over the calibration windows. With ``solve`` there is no Adam: it gives the
-    factors [in] of a norm's outputs from their second moments [in, in] and the weights [out, in] that read them, each dense
-    and rounded.
+    Either a norm is solved: ``solve`` gives the factors [in] of its outputs from their second moments [in, in] and the weights
+    [out, in] that read them, each dense and rounded. Or Adam goes once over the calibration windows: ``descent``.
     """
 
-    view: Callable[[torch.Tensor], torch.Tensor]
-    loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-    rate: Callable[[int, int], float]
+    measures: Mapping[str, Compare]
     solve: Solve | None = None
+    descent: Descent | None = None
+
+
+@dataclass(frozen=True)
+class Descent:
+    """What Adam makes smaller: ``loss(made, aim)`` of what ``view(output)`` takes of a block's outputs, rounded and dense; at
+    ``rate(block, blocks)``."""
+
+    view: Callable[[torch.Tensor], torch.Tensor]
+    loss: Compare
+    rate: Callable[[int, int], float]
 
 
 class Tweaking(Protocol):
