@@ -100,7 +100,7 @@ def _done(label: str, options: Mapping[str, Any], *, factored: bool) -> str:
     """What a method did, in a few words."""
     kind, method = label.split(".")
     bits, group = options.get("bits"), options.get("group_size")
-    grid = "one scale a row" if group == -1 else f"groups of {group}"
+    grid = "one scale a row" if group in (-1, None) else f"groups of {group}"
     if kind == "recover":
         return f"trained to win back what pruning cost, zeros held ({method})"
     if kind != "prune" and (name := hardware(options)) is not None:
