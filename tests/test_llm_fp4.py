@@ -114,14 +114,14 @@ def test_what_is_packed_is_what_was_searched(scheme: str) -> None:
 
 def test_dense_output_says_that_inputs_are_not_rounded() -> None:
     weight, inputs = problem()
-    method = Method(Options(scheme="W4A8", format="dense"))
+    method = Method(Options(scheme="W4A8"))
     samples = method.watch(64, torch.device("cpu"))
     samples.add(inputs)
     (solution,) = method.solve([weight.clone()], samples, [TARGET])
     assert solution.facts["weight_format"] in ("E3M0", "E2M1", "E1M2")
     assert "which a dense checkpoint does not round" in solution.fallbacks[0]
     with pytest.raises(UsageError, match="no container has E2M1 weights and inputs of 8 bits"):
-        Options.parse({"scheme": "W4A8"}, where="quantize.llm_fp4")
+        Options.parse({"scheme": "W4A8", "format": "compressed-tensors"}, where="quantize.llm_fp4")
 
 
 def test_too_few_tokens_are_told() -> None:

@@ -28,23 +28,26 @@ FACTORS = tuple(0.01 + step * 1.19 / 100 for step in range(100))  # of the bias 
 TOKENS = 1024  # inputs that outputs are compared on, at least, where there are as many
 FEWER = 256  # of them, for the search of the inputs' own bias, whose candidates each take a whole product
 E2M1 = Minifloat(2, 1)
-Rounding = Callable[[torch.Tensor], torch.Tensor]
 
 
 class Options(BaseOptions):
     """Options of LLM-FP4."""
 
-    bits: Literal[4] = Field(4, description="bits a weight")
     scheme: Literal["W4A16", "W4A8", "W4A4"] = Field(
         "W4A16", description="bits of weights and of the inputs they are searched for"
     )
     rounds: int = Field(3, ge=1, le=10, description="times that weights and inputs are searched in turn")
     format: Literal["compressed-tensors", "dense"] = Field(
         "compressed-tensors",
-        description="compressed-tensors takes E2M1 and scales that NVFP4 can hold; dense searches all formats, and writes "
-        "dequantized weights",
+        description="compressed-tensors takes E2M1 and scales that NVFP4 can hold; dense, the default for W4A8, searches all "
+        "formats and writes dequantized weights",
     )
     ignore: Patterns = Field(default=[], description=IGNORE)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default(cls, values: dict[str, Any]) -> dict[str, Any]:
+        return {"format": "dense", **values} if values.get("scheme") == "W4A8" else values
 
     @model_validator(mode="after")
     def _held(self) -> Self:
@@ -103,7 +106,7 @@ class Found:
     channel_bias: torch.Tensor | None = None
 
 
-def losses(weight: torch.Tensor, inputs: torch.Tensor, outputs: torch.Tensor) -> Rounding:
+def losses(weight: torch.Tensor, inputs: torch.Tensor, outputs: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
     """A function of a rounded weight [out, in]: the mean squared difference of each output [out, 1] to ``outputs``.
 
     By products with all ``inputs`` [tokens, in], or where there are fewer columns, by their moments: with E = rounded - W and

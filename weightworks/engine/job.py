@@ -36,6 +36,7 @@ from weightworks.store.manifest import read_provenance
 from weightworks.store.masks import SUFFIX, Masks, mask_spec, pack_bits
 from weightworks.store.packing import Scheme
 from weightworks.store.shards import planned_bytes
+from weightworks.store.smoothed import SmoothedView
 from weightworks.store.tensorfile import TensorSpec
 from weightworks.stream.linears import Linear, block_linears, head_linear
 from weightworks.stream.skeleton import Skeleton, build
@@ -65,7 +66,7 @@ class Job:
     found: Mapping[str, Any] = field(init=False, default_factory=dict)  # what surveys found, by tensor
 
     def __post_init__(self) -> None:
-        self.view = DenseView(self.checkpoint)
+        self.view: DenseView = DenseView(self.checkpoint)
         refuse_packed(self.view)
         self.skeleton = build(self.view, trust_remote_code=self.settings.trust_remote_code)
         dtypes = {name: info.dtype for name, info in self.checkpoint.tensors.items()}
@@ -110,6 +111,11 @@ class Job:
     def changed(self) -> set[str]:
         """All tensors that are not copied."""
         return self.subset.tensors(self.skeleton) if hasattr(self.method, "subset") else set(self.linears)
+
+    @property
+    def replaced(self) -> set[str]:
+        """Tensors that a smoothing changes though the method does not."""
+        return set(self.view.replaced) if isinstance(self.view, SmoothedView) else set()
 
     def held(self, columns: int) -> int:
         """Bytes of the statistics of an input of so many columns."""
@@ -313,7 +319,7 @@ class Job:
 
     def account(self) -> dict[str, Any]:
         """What became of every input tensor: transformed or copied, with the reason a matrix was left as it is."""
-        copied = [name for name in self.checkpoint.tensors if name not in self.changed]
+        copied = [name for name in self.checkpoint.tensors if name not in self.changed | self.replaced]
         left = {
             name: self.kept.get(name, "unused by the model")
             for name in copied
@@ -323,6 +329,7 @@ class Job:
             "input": len(self.checkpoint.tensors),
             "transformed": len(self.changed),
             "copied": len(copied),
+            **({"rescaled": len(self.replaced)} if self.replaced else {}),
             "dropped": 0,
             "left_as_they_are": left,
         }

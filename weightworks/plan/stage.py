@@ -21,6 +21,7 @@ from weightworks.engine.machine import pick_device
 from weightworks.engine.modelwise import Training
 from weightworks.engine.reconstruct import Reconstruction
 from weightworks.engine.reducing import ReduceJob, Run, reduce
+from weightworks.engine.smoothing import smooth
 from weightworks.engine.survey import run_surveys
 from weightworks.engine.tensorwise import run_tensorwise
 from weightworks.engine.trained import check_trainable
@@ -174,6 +175,7 @@ def execute(
             assert calibration is not None
             run = Run(writer, calibration, probe, dtype, costs.on_disk, costs.statistics_bytes)
             return reduce(job, run, identity, calibrated(job, calibration, dtype), costs.reload_blocks)
+        smoothing = smooth(job, writer, calibration, probe, dtype, on_disk=costs.on_disk)
         run_surveys(job, writer, calibration, probe, dtype, on_disk=costs.on_disk)
         if isinstance(text, Lessons):
             if job.method.regime().window is None:
@@ -202,7 +204,7 @@ def execute(
                     job, writer, calibration, probe, on_disk=costs.on_disk, traced_bytes=costs.statistics_bytes
                 ).run(solved(job, writer))
             else:
-                rows = run_tensorwise(job, writer, executor)
+                rows = run_tensorwise(job, writer, None if smoothing else executor)
             results = {"rows": rows, "dense": stream_perplexity(job, job.view, probe)}
             copy_rest(job, writer)
             written = Written(job, writer)
@@ -212,6 +214,7 @@ def execute(
             "size": sizes(job, results["rows"]),
             **({"format": f"{job.format.name}: {told(job.scheme)}"} if job.format and job.scheme else {}),
             "quality": {key: results[key] for key in ("dense", "result")},
+            **smoothing,
             **({"training": results["training"]} if "training" in results else {}),
         }
         if text is not None:
