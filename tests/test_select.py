@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import sys
+import types
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -26,6 +28,7 @@ from weightworks.errors import MethodError, UsageError
 from weightworks.plan.lineage import rebuild
 from weightworks.stage.selecting import CHOSEN, NO_ROOM, Pool
 from weightworks.store.writer import CheckpointWriter
+from weightworks.testing import Check, conformance
 
 ARITHMETIC = "Add the two numbers."
 STORY = "Go on with the story of the ship."
@@ -258,6 +261,11 @@ def test_budget_is_rows_or_a_share() -> None:
     assert "a number of rows, or a share below 1" in paser.Options.problems({"budget": 2.5}, where="select.paser")[0]
 
 
+@pytest.mark.parametrize("check", [check for name in ("paser", "random") for check in conformance(f"select.{name}")])
+def test_ways_of_choosing_keep_to_the_contract(check: Check, tmp_path: Path) -> None:
+    check(tmp_path)
+
+
 # Models ---------------------------------------------------------------------------------------------------------------
 
 
@@ -400,6 +408,50 @@ def test_a_killed_run_goes_on_and_ends_in_the_same_bytes(
     assert asked[0] == "part 2"
     for name in ("selected.jsonl", "scores.jsonl", "report.html", "provenance.json"):
         assert (target / name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_states_on_disk_change_nothing(
+    small: Path, sparse: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from compress import select
+    from weightworks.plan import select as plan
+
+    values: dict[str, Any] = {"teacher": small, "dataset": str(data), "budget": 6, "device": "cpu"}
+    one = select(sparse, **values, output_dir=tmp_path / "memory" / "out").target
+    monkeypatch.setattr(plan, "STATES_SHARE", 1 << 40)
+    outcome = select(sparse, **values, output_dir=tmp_path / "out")
+    assert outcome.estimate is not None
+    assert outcome.estimate.on_disk
+    assert (outcome.target / "scores.jsonl").read_bytes() == (one / "scores.jsonl").read_bytes()
+    assert sorted(path.name for path in outcome.target.iterdir()) == sorted(path.name for path in one.iterdir())
+
+
+def test_prompts_may_be_embedded_by_sentence_transformers(
+    small: Path, sparse: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The package stands in for itself: what matters is what it is asked, and that its answer places the rows."""
+    from compress import select
+
+    asked: list[str] = []
+
+    class SentenceTransformer:
+        def __init__(self, name: str, device: str) -> None:
+            assert (name, device) == ("all-MiniLM-L6-v2", "cpu")
+
+        def encode(self, texts: list[str], **others: Any) -> Any:
+            asked.extend(texts)
+            noise = np.random.default_rng(0).standard_normal((len(texts), 5))
+            return (noise + [[9.0 * (STORY in text)] for text in texts]).astype(np.float32)
+
+    module = types.ModuleType("sentence_transformers")
+    monkeypatch.setitem(sys.modules, "sentence_transformers", module)
+    monkeypatch.setattr(module, "SentenceTransformer", SentenceTransformer, raising=False)
+    values: dict[str, Any] = {"teacher": small, "dataset": str(data), "budget": 6, "device": "cpu"}
+    outcome = select(sparse, **values, embedding="all-MiniLM-L6-v2", clusters=2, output_dir=tmp_path / "out")
+    assert len(asked) == 32
+    assert asked[1].startswith(STORY + "\nIt was late")
+    assert outcome.provenance is not None
+    assert [cluster["rows"] for cluster in outcome.provenance["selection"]["clusters"]] == [16, 16]
 
 
 @pytest.mark.parametrize(

@@ -94,12 +94,13 @@ class Method:
         places = np.empty(len(pool), dtype=np.int64)
         for rows in members:
             places[rows] = np.arange(len(rows))
+        lengths = pool.tokens.sum(1).numpy()
         table = [
             {
                 "cluster": k,
                 "rows": len(rows),
                 "degradation": suffered[k],
-                "tokens_a_row": float(pool.tokens.sum(1).double()[torch.from_numpy(rows)].mean()),
+                "tokens_a_row": float(lengths[rows].mean()),
                 "quota": wanted[k],
                 "chosen": sum(outcomes[row] == CHOSEN for row in rows),
                 "contradicted": sum(outcomes[row] not in (CHOSEN, NO_ROOM) for row in rows),

@@ -8,7 +8,9 @@ is journalled, so memory and what a killed run loses do not grow with the data s
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -90,6 +92,11 @@ class Through:
             self.skeleton.unload(names)
         return states
 
+    def tail(self, tokens: torch.Tensor, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits [n, seq, vocabulary] and what the head is given [n, seq, width], from the last block's output."""
+        hidden = hidden.to(self.device, torch.float32)
+        return tail_and_states(self.skeleton, tokens, hidden, returns_tuple=self.returns_tuple)
+
 
 class Parts:
     """Rows cut into parts; ``bounds`` are their first rows and the end."""
@@ -152,10 +159,11 @@ class Embeddings:
 
     def read(self, start: int, stop: int) -> torch.Tensor:
         """Rows ``start:stop``, float32 [n, d]."""
-        pieces = []
-        for number, (first, end) in enumerate(pairwise(self.bounds)):
-            if first < stop and start < end:
-                pieces.append(self._part(number)[max(0, start - first) : stop - first])
+        pieces, number = [], bisect_right(self.bounds, start) - 1
+        while number < len(self.files) and self.bounds[number] < stop:
+            first = self.bounds[number]
+            pieces.append(self._part(number)[max(0, start - first) : stop - first])
+            number += 1
         return torch.cat(pieces)
 
     def _part(self, number: int) -> torch.Tensor:
@@ -164,87 +172,76 @@ class Embeddings:
         return self._held[1]
 
 
-@torch.no_grad()
-def measure(
-    original: Through,
-    model: Through,
-    examples: Examples,
-    parts: Parts,
-    writer: CheckpointWriter,
-    *,
-    dtype: torch.dtype,
-    on_disk: bool,
-    embed: Embed | None,
-    progress: Progress,
-) -> Measures:
-    """Measure all ``examples``; blocks run in ``dtype``. Prompts are embedded by ``embed``, or (None) by the original itself: the
-    mean over their tokens of what its head is given."""
-    files = [writer.scratch / f"part-{number}.safetensors" for number in range(len(parts))]
-    done = [f"part {number}" in writer.steps and path.is_file() for number, path in enumerate(files)]
-    if not all(done):
-        original.prove()
-        model.prove()
-    if any(done):
-        progress.say(f"resuming: {sum(done)} of {len(parts)} parts are measured")
-    progress.begin("part", len(parts), sum(done))
-    for number, (start, stop) in enumerate(parts):
-        if done[number]:
-            continue
-        found = _part(
-            original, model, examples, list(parts.groups(start, stop)), start, dtype, writer.scratch, on_disk, embed
-        )
-        write_snapshot(files[number], found)
-        writer.done(f"part {number}")
-        progress.step(f"rows {start} to {stop - 1}, divergence {float(found['degradation'].mean()):.4f} nats a token")
-        release()
-    progress.end()
-    snapshots = [Snapshot(path) for path in files]
-    degradation = torch.cat([snapshot.read("degradation") for snapshot in snapshots])
-    return Measures(degradation, Embeddings(snapshots, parts.bounds))
+@dataclass
+class Measuring:
+    """Two models about to measure ``examples``, part by part; blocks run in ``dtype``.
 
+    Prompts are embedded by ``embed``, or (None) by the original itself: the mean over their tokens of what its head is given.
+    """
 
-def _part(
-    original: Through,
-    model: Through,
-    examples: Examples,
-    groups: Sequence[tuple[int, list[int]]],
-    first: int,
-    dtype: torch.dtype,
-    folder: Path,
-    on_disk: bool,
-    embed: Embed | None,
-) -> dict[str, torch.Tensor]:
-    """Degradation float64 [n] and embeddings float32 [n, d] of a part whose first row is ``first``."""
-    batches = [examples.rows.batch(rows).padded(length) for length, rows in groups]
-    states = [one.last(batches, dtype, folder, on_disk=on_disk) for one in (original, model)]
-    count = sum(len(rows) for _, rows in groups)
-    degradation = torch.empty(count, dtype=torch.float64)
-    embeddings = torch.empty(count, original.width)
-    device = original.device
-    with shell(original.skeleton, original.view, device), shell(model.skeleton, model.view, device):
-        for batch, (_, rows), theirs, mine in zip(batches, groups, *states, strict=True):
-            places = torch.tensor(rows) - first
-            for start, stop in Windows(batch.tokens).slices():
-                tokens = batch.tokens[start:stop].to(device)
-                labels = batch.labels[start:stop].to(device)
-                one, other = (
-                    tail_and_states(
-                        through.skeleton,
-                        tokens,
-                        held.read(start, stop).to(device, torch.float32),
-                        returns_tuple=through.returns_tuple,
+    original: Through
+    model: Through
+    examples: Examples
+    parts: Parts
+    writer: CheckpointWriter
+    progress: Progress
+    dtype: torch.dtype
+    on_disk: bool
+    embed: Embed | None = None
+
+    @torch.no_grad()
+    def run(self) -> Measures:
+        """Measure what no earlier run has, and read all of it."""
+        files = [self.writer.scratch / f"part-{number}.safetensors" for number in range(len(self.parts))]
+        done = [f"part {number}" in self.writer.steps and path.is_file() for number, path in enumerate(files)]
+        if not all(done):
+            self.original.prove()
+            self.model.prove()
+        if any(done):
+            self.progress.say(f"resuming: {sum(done)} of {len(files)} parts are measured")
+        self.progress.begin("part", len(files), sum(done))
+        for number, (start, stop) in enumerate(self.parts):
+            if done[number]:
+                continue
+            found = self._part(start, stop)
+            write_snapshot(files[number], found)
+            self.writer.done(f"part {number}")
+            mean = float(found["degradation"].mean())
+            self.progress.step(f"rows {start} to {stop - 1}, divergence {mean:.4f} nats a token")
+            release()
+        self.progress.end()
+        snapshots = [Snapshot(path) for path in files]
+        degradation = torch.cat([snapshot.read("degradation") for snapshot in snapshots])
+        return Measures(degradation, Embeddings(snapshots, self.parts.bounds))
+
+    def _part(self, first: int, stop: int) -> dict[str, torch.Tensor]:
+        """Degradation float64 [n] and embeddings float32 [n, d] of rows ``first:stop``."""
+        groups = list(self.parts.groups(first, stop))
+        batches = [self.examples.rows.batch(rows).padded(length) for length, rows in groups]
+        through = (self.original, self.model)
+        states = [one.last(batches, self.dtype, self.writer.scratch, on_disk=self.on_disk) for one in through]
+        degradation = torch.empty(stop - first, dtype=torch.float64)
+        embeddings = torch.empty(stop - first, self.original.width)
+        device = self.original.device
+        with ExitStack() as shells:
+            for one in through:
+                shells.enter_context(shell(one.skeleton, one.view, device))
+            for batch, (_, rows), *pair in zip(batches, groups, *states, strict=True):
+                for start, end in Windows(batch.tokens).slices():
+                    tokens, labels = batch.tokens[start:end].to(device), batch.labels[start:end].to(device)
+                    (theirs, hidden), (mine, _) = (
+                        one.tail(tokens, held.read(start, end)) for one, held in zip(through, pair, strict=True)
                     )
-                    for through, held in ((original, theirs), (model, mine))
-                )
-                degradation[places[start:stop]] = answer_divergence(one[0], other[0], labels).cpu()
-                if embed is None:
-                    given = examples.given[rows[start:stop]].to(device)
-                    embeddings[places[start:stop]] = mean_of_first(one[1].float(), given).cpu()
-    for held in (*states[0], *states[1]):
-        held.drop()
-    if embed is not None:
-        embeddings = embed(examples.prompts[first : first + count])
-    return {"degradation": degradation, "embeddings": embeddings}
+                    places = torch.tensor(rows[start:end]) - first
+                    degradation[places] = answer_divergence(theirs, mine, labels).cpu()
+                    if self.embed is None:
+                        given = self.examples.given[rows[start:end]].to(device)
+                        embeddings[places] = mean_of_first(hidden.float(), given).cpu()
+        for held in (*states[0], *states[1]):
+            held.drop()
+        if self.embed is not None:
+            embeddings = self.embed(self.examples.prompts[first:stop])
+        return {"degradation": degradation, "embeddings": embeddings}
 
 
 def answer_divergence(original: torch.Tensor, model: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

@@ -14,7 +14,7 @@ import torch
 from weightworks.engine.estimate import BYTES_A_SECOND, RUNTIME_BYTES, Estimate, refuse
 from weightworks.engine.job import digest_of, identity_of, origin
 from weightworks.engine.machine import compute_dtype, free_memory, pick_device, resident, speeds
-from weightworks.engine.measuring import Embed, Parts, Through, measure, sentence_embedder
+from weightworks.engine.measuring import Embed, Measuring, Parts, Through, sentence_embedder
 from weightworks.errors import CalibrationError, MethodError, ResourceError, UsageError, WeightworksError
 from weightworks.plan.chosen import SELECTED
 from weightworks.plan.stage import Outcome, finished, keep_inputs, log_path, opened, short_name, where
@@ -134,7 +134,8 @@ class SelectJob:
     def identity(self) -> dict[str, Any]:
         """What the output's bytes depend on."""
         measured = {"dtype": str(self.dtype)} if self.method.measures else {}
-        return identity_of(self, rows=self.examples.digest, seq_len=self.settings.seq_len, **measured)
+        rows = {"rows": self.examples.digest, "of": len(self.rows), "seq_len": self.settings.seq_len}
+        return identity_of(self, **rows, **measured)
 
     def resolved(self) -> dict[str, Any]:
         """The configuration as it will run."""
@@ -199,16 +200,9 @@ def _execute(job: SelectJob, identity: dict[str, Any], costs: Estimate) -> dict[
         examples = job.examples
         pool = Pool(examples.texts, examples.tokens, settings.seed)
         if job.models is not None:
-            measures = measure(
-                *job.models,
-                examples,
-                job.parts,
-                writer,
-                dtype=job.dtype,
-                on_disk=costs.on_disk,
-                embed=job.embed,
-                progress=job.progress,
-            )
+            measures = Measuring(
+                *job.models, examples, job.parts, writer, job.progress, job.dtype, costs.on_disk, job.embed
+            ).run()
             pool = Pool(examples.texts, examples.tokens, settings.seed, measures.embeddings, measures.degradation)
         choice = job.method.select(pool, job.count, job.progress.say)
         return _publish(job, writer, identity, pool, choice)
