@@ -26,6 +26,7 @@ from weightworks.engine import measuring
 from weightworks.engine.measuring import Parts, filled, jensen_shannon
 from weightworks.errors import MethodError, UsageError
 from weightworks.plan.lineage import rebuild
+from weightworks.report.selection import colours, selection_page
 from weightworks.stage.selecting import CHOSEN, NO_ROOM, Pool
 from weightworks.store.writer import CheckpointWriter
 from weightworks.testing import Check, conformance
@@ -539,3 +540,54 @@ stages:
         "select.paser: 'dataset': rows are chosen from a data set, 'builtin' has none",
     ):
         assert text in run.err
+
+
+# The page -------------------------------------------------------------------------------------------------------------
+
+
+def test_page_shows_what_rows_say_and_runs_nothing_of_it() -> None:
+    clusters = [
+        {
+            "cluster": k,
+            "rows": 2,
+            "degradation": 0.1 * k,
+            "tokens_a_row": 9.0,
+            "quota": 1.0,
+            "chosen": 1,
+            "contradicted": 0,
+        }
+        for k in range(2)
+    ]
+    scores = [
+        {
+            "row": row,
+            "outcome": CHOSEN,
+            "rank": row + 1 if row < 2 else None,
+            "cluster": row % 2,
+            "x": row / 7,
+            "y": -row / 7,
+        }
+        for row in range(4)
+    ]
+    selection = {**scores[0], "degradation": 0.2, "efficiency": 0.01, "prompt_tokens": 3, "answer_tokens": 4}
+    rows = [{"instruction": "<script>alert(1)</script>", "output": "word " * 200, "selection": selection}]
+    facts = {"chosen": 1, "usable": 4, "tokens": 36, "tokens_chosen": 9, "dropped": {"no answer": 3}, "landmarks": 4}
+    provenance = {
+        "selection": {**facts, "degradation": 0.1, "clusters": clusters},
+        "calibration": {"source": "rows.jsonl"},
+        "identity": {"method": "select.paser", "options": {"budget": 1.0}},
+        "fallbacks": ["too <few>"],
+    }
+    page = selection_page("chosen", provenance, scores, rows)
+    assert "<script" not in page
+    assert "&lt;script&gt;alert(1)" in page
+    assert "too &lt;few&gt;" in page
+    assert "…</td>" in page
+    assert "3 no answer" in page
+    assert page.count('class="swatch"') == 2
+    assert page == selection_page("chosen", provenance, scores, rows)
+    low, high = colours([0.0, 0.3])
+    assert low != high
+    assert page.count(low) > 1  # in the table and on the map
+    without = {**provenance, "selection": facts}
+    assert "<svg" not in selection_page("chosen", without, [{"row": 0, "outcome": CHOSEN, "rank": 1}], rows)
