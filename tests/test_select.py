@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from commands import Commands
+from commands import SHORT_TEXT, Commands
 from safetensors.torch import load_file, save_file
 
 from compress.clusters import assign, cluster, similarity
@@ -24,7 +24,7 @@ from compress.select import paser, random
 from compress.shares import share_out
 from weightworks.engine import measuring
 from weightworks.engine.measuring import Parts, filled, jensen_shannon
-from weightworks.errors import MethodError, UsageError
+from weightworks.errors import CalibrationError, MethodError, UsageError
 from weightworks.plan.lineage import rebuild
 from weightworks.report.selection import colours, selection_page
 from weightworks.stage.selecting import CHOSEN, NO_ROOM, Pool
@@ -411,6 +411,18 @@ def test_a_killed_run_goes_on_and_ends_in_the_same_bytes(
         assert (target / name).read_bytes() == (whole / name).read_bytes()
 
 
+def test_predictions_that_are_not_finite_are_refused(
+    small: Path, sparse: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from compress import select
+
+    monkeypatch.setattr(
+        measuring, "answer_divergence", lambda p, q, labels: torch.full((len(labels),), math.nan).double()
+    )
+    with pytest.raises(MethodError, match=r"rows 0 to 31: .* in torch.float32 is not finite"):
+        select(sparse, teacher=small, dataset=str(data), dtype="float32", device="cpu", output_dir=tmp_path / "out")
+
+
 def test_states_on_disk_change_nothing(
     small: Path, sparse: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -459,6 +471,8 @@ def test_prompts_may_be_embedded_by_sentence_transformers(
     ("values", "text"),
     [
         ({"dataset": "builtin"}, "rows are chosen from a data set, 'builtin' has none"),
+        ({"dataset": "gone.jsonl"}, "gone.jsonl: no such file"),
+        ({"dataset": str(SHORT_TEXT)}, "calibration.txt: no rows to choose from"),
         ({"teacher": None}, "select.paser compares the model with what it was before"),
         ({"embedding": "all-MiniLM-L6-v2"}, "needs the package sentence-transformers"),
         ({"budgets": 3}, "did you mean 'budget'"),
@@ -467,7 +481,7 @@ def test_prompts_may_be_embedded_by_sentence_transformers(
 def test_what_cannot_be_is_refused(small: Path, data: Path, values: dict[str, Any], text: str, tmp_path: Path) -> None:
     from compress import select
 
-    with pytest.raises(UsageError, match=text):
+    with pytest.raises((UsageError, CalibrationError), match=text):
         select(small, **{"teacher": small, "dataset": str(data), "output_dir": tmp_path / "out", **values})
     assert not any(tmp_path.iterdir())
 

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 from weightworks.engine.machine import one_thread
+from weightworks.errors import MethodError, UsageError
 from weightworks.report.progress import Progress
 from weightworks.store.checkpoint import Checkpoint
 from weightworks.store.dense import DenseView
@@ -204,6 +205,11 @@ class Measuring:
             if done[number]:
                 continue
             found = self._part(start, stop)
+            if not all(tensor.isfinite().all() for tensor in found.values()):
+                raise MethodError(
+                    f"rows {start} to {stop - 1}: what the models make of them in {self.dtype} is not finite",
+                    hint="measure with --dtype float32 or bfloat16",
+                )
             write_snapshot(files[number], found)
             self.writer.done(f"part {number}")
             mean = float(found["degradation"].mean())
@@ -283,8 +289,6 @@ def mean_of_first(states: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
 
 def sentence_embedder(name: str, device: torch.device) -> Embed:
     """What embeds texts by the sentence-transformers model ``name``."""
-    from weightworks.errors import UsageError
-
     try:
         from sentence_transformers import SentenceTransformer
     except ImportError:

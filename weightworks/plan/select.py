@@ -26,7 +26,7 @@ from weightworks.stage.selecting import CHOSEN, Choice, Pool
 from weightworks.stage.settings import Settings
 from weightworks.store.checkpoint import Checkpoint
 from weightworks.store.manifest import PROVENANCE
-from weightworks.store.sources import file_digest
+from weightworks.store.sources import file_digest, is_text_file
 from weightworks.store.writer import CheckpointWriter, check_target
 from weightworks.stream.calibration import describe, load_tokenizer
 from weightworks.stream.examples import Examples, all_examples, read_rows
@@ -72,14 +72,10 @@ class SelectJob:
                 f"{self.label}: rows are chosen from a data set, '{settings.dataset}' has none",
                 hint="give --dataset FILE.jsonl, FILE.parquet or a hub data set",
             )
+        self.rows = _read(settings.dataset)
         if self.method.measures:
             self._open()
         limit = min(settings.seq_len, *(_context(one) for one in (self.checkpoint, self.teacher) if one is not None))
-        self.rows = read_rows(settings.dataset)
-        if not self.rows:
-            raise CalibrationError(
-                f"{settings.dataset}: no rows to choose from", hint="give a .jsonl or .parquet file, or a hub data set"
-            )
         self.examples = all_examples(
             self.rows,
             describe(settings.dataset),
@@ -178,9 +174,10 @@ def run_select(
     device = pick_device(settings.device)
     job = SelectJob(entry.label, module.VERSION, method, settings, checkpoint, original, target, progress, device)
     announce(job.resolved())
-    identity = job.identity()
-    if (done := finished(target, identity)) is not None and not settings.overwrite:
-        return Outcome(target, None, done, cached=True, seconds=time.monotonic() - started)
+    if not dry_run or target.exists():  # the identity takes reading every byte of the models, once
+        identity = job.identity()
+        if (done := finished(target, identity)) is not None and not settings.overwrite:
+            return Outcome(target, None, done, cached=True, seconds=time.monotonic() - started)
     if not dry_run:
         check_target(target, overwrite=settings.overwrite)
     costs = _estimate(job)
@@ -350,6 +347,16 @@ def _estimate(job: SelectJob) -> Estimate:
         statistics_bytes=0,
         reload_blocks=0,
     )
+
+
+def _read(dataset: str) -> list[Any]:
+    """The rows of a data set; one that is not there or has none is an error that says which."""
+    rows = read_rows(dataset)
+    if not rows:
+        there = Path(dataset).expanduser().exists() or not is_text_file(dataset)
+        reason = "no rows to choose from" if there else "no such file"
+        raise CalibrationError(f"{dataset}: {reason}", hint="give a .jsonl or .parquet file, or a hub data set")
+    return rows
 
 
 def _context(checkpoint: Checkpoint) -> int:
