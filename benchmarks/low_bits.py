@@ -2,9 +2,9 @@
 
     python benchmarks/low_bits.py --data DATA
 
-DATA holds calibration.txt and the test texts {prose,scripture,drama,math,code}.test.txt. GPTQ calibrates on 64 windows of
+DATA holds calibration.txt and the test texts {prose,scripture,drama,math,code}.test.txt. GPTQ calibrates on 32 windows of
 256 tokens. Every output folder is loaded by stock transformers, which rounds inputs as the format says, and scored on the
-first 20,000 tokens of each text in windows of 256. Figures are perplexity over the original's: 1 is no loss.
+first --tokens tokens of each text in windows of 256. Figures are perplexity over the original's: 1 is no loss.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=HERE.parent.parent / "shared" / "data", help="folder of texts")
     parser.add_argument("--methods", nargs="+", choices=["rtn", "gptq"], default=["rtn", "gptq"])
     parser.add_argument("--schemes", nargs="+", choices=list(ASKED), default=list(ASKED))
+    parser.add_argument("--tokens", type=int, default=20_000, help="of each text")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, metavar="FILE")
     args = parser.parse_args()
@@ -48,9 +49,9 @@ def main() -> None:
     missing = [str(path) for path in (args.data / "calibration.txt", *texts) if not path.is_file()]
     if missing:
         parser.error(f"--data: not found: {', '.join(missing)}")
-    windows = [windows_of(text, args.model) for text in texts]
+    windows = [windows_of(text, args.model, args.tokens) for text in texts]
     original = perplexities(args.model, windows)
-    data = ["--dataset", args.data / "calibration.txt", "--num-samples", "64", "--seq-len", "256", "--seed", args.seed]
+    data = ["--dataset", args.data / "calibration.txt", "--num-samples", "32", "--seq-len", "256", "--seed", args.seed]
     rows, runs = [], []
     with work_folder(None) as work:
         for scheme, method in cases(args.methods, args.schemes):

@@ -11,10 +11,10 @@ from compress.grids import FITTED
 from weightworks.store.floats import (
     FloatQuantized,
     FloatScheme,
-    decode,
     decoded_scale,
     encode,
     group_scale,
+    nearest,
     stored_scale,
 )
 
@@ -70,7 +70,7 @@ class FloatGrid:
                 yield decoded_scale(code.view(torch.float8_e4m3fn), self.global_scale)
 
     def _error(self, weight: torch.Tensor, scale: torch.Tensor, importance: torch.Tensor | None) -> torch.Tensor:
-        error = self.snap(weight, scale.unsqueeze(-1), scale)[1].sub_(weight).square_()
+        error = self.nearest(weight, scale.unsqueeze(-1)).sub_(weight).square_()
         return error.sum(-1) if importance is None else error.mul_(importance).sum(-1)
 
     def _stored(self, scale: torch.Tensor) -> torch.Tensor:
@@ -79,8 +79,12 @@ class FloatGrid:
 
     def snap(self, weight: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Codes of ``weight``, and the weights they mean, a float32 tensor of its own."""
-        codes = encode(weight / scale, self.scheme.kind)
-        return codes, decode(codes, self.scheme.kind).mul_(scale)
+        scaled = weight / scale
+        return encode(scaled, self.scheme.kind), nearest(scaled, self.scheme.kind).mul_(scale)
+
+    def nearest(self, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        """The weights that the codes of ``weight`` mean."""
+        return nearest(weight / scale, self.scheme.kind).mul_(scale)
 
     def codes(self, groups: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
         """Codes uint8 [out, in] of ``groups`` [out, groups, group], each rounded on its own."""

@@ -124,8 +124,18 @@ class GridOptions(NormOptions, IntegerOptions):
         None, description="preset for bits, group size and symmetry, or a hardware format"
     )
 
+    smooth: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="SmoothQuant before formats that round inputs: share of the size of input channels that norms hand on "
+        "to weights; 0.5 is usual",
+    )
+
     @model_validator(mode="after")
     def _useful(self) -> Self:
+        if self.smooth is not None and self.any_scheme().inputs is None:
+            raise ValueError("smooth helps where inputs are rounded: use it with scheme W8A8, FP8, MXFP8 or the like")
         if self.clip == "on" and self.scheme in HARDWARE and self.bits == 8:
             raise ValueError(f"clip = on is of no use with scheme {self.scheme}: 8 bits have room for every range")
         if self.format.startswith("gptq") and self.scheme in HARDWARE:

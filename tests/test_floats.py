@@ -21,6 +21,7 @@ from compress.quantize import gptq, rtn
 from compress.schemes import HARDWARE
 from weightworks.errors import CheckpointError, UsageError
 from weightworks.stage.protocols import Target
+from weightworks.store import floats
 from weightworks.store.checkpoint import Checkpoint
 from weightworks.store.compressed import layout_of
 from weightworks.store.dense import DenseView
@@ -67,6 +68,10 @@ def test_every_element_means_itself_and_what_is_between_goes_to_the_nearer(kind:
     for x in torch.linspace(-1.2 * float(levels[-1]), 1.2 * float(levels[-1]), 997):
         nearest = levels[(levels - x).abs().argmin()]
         assert decode(encode(x.reshape(1), kind), kind) == nearest
+    dense = torch.linspace(-2 * float(levels[-1]), 2 * float(levels[-1]), 100_001)
+    assert torch.equal(floats.nearest(dense, kind), decode(encode(dense, kind), kind))
+    halfway = (levels[1:] + levels[:-1]) / 2
+    assert torch.equal(floats.nearest(halfway, kind), decode(encode(halfway, kind), kind))
 
 
 def test_golden_ties(shared: Path) -> None:

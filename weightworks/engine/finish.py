@@ -90,7 +90,11 @@ def copy_rest(job: Job, writer: CheckpointWriter) -> None:
     if "copied" in writer.steps:
         return
     for name in job.checkpoint.tensors:
-        if name not in job.changed:
+        if name in job.changed:
+            continue
+        if name in job.replaced:
+            writer.put(name, job.view.read(name))
+        else:
             writer.copy_from(job.checkpoint, name)
     writer.done("copied")
 

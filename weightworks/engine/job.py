@@ -37,6 +37,7 @@ from weightworks.store.manifest import read_provenance
 from weightworks.store.masks import SUFFIX, Masks, mask_spec, pack_bits
 from weightworks.store.packing import Scheme
 from weightworks.store.shards import planned_bytes
+from weightworks.store.smoothed import SmoothedView
 from weightworks.store.tensorfile import TensorSpec
 from weightworks.stream.linears import Linear, block_linears, head_linear
 from weightworks.stream.skeleton import Skeleton, build
@@ -59,6 +60,7 @@ class Job:
     progress: Progress
     device: torch.device
     teacher: Checkpoint | None = None
+    chosen: Mapping[str, Any] | None = None  # the stage that chose the data set, and what that is called
     skeleton: Skeleton = field(init=False)
     blocks: list[list[Linear]] = field(init=False)
     kept: dict[str, str] = field(init=False, default_factory=dict)  # matrices inside blocks left as they are, and why
@@ -67,7 +69,7 @@ class Job:
     tuned: set[str] = field(init=False, default_factory=set)  # norms that came out changed, by tensor
 
     def __post_init__(self) -> None:
-        self.view = DenseView(self.checkpoint)
+        self.view: DenseView = DenseView(self.checkpoint)
         refuse_packed(self.view)
         self.skeleton = build(self.view, trust_remote_code=self.settings.trust_remote_code)
         dtypes = {name: info.dtype for name, info in self.checkpoint.tensors.items()}
@@ -133,6 +135,11 @@ class Job:
     def blockwise(self) -> bool:
         """Whether the blocks are done one after the other: weights by inputs, or norms after them."""
         return hasattr(self.method, "solve") or self.tweak is not None
+
+    @property
+    def replaced(self) -> set[str]:
+        """Tensors that a smoothing changes though the method does not."""
+        return set(self.view.replaced) if isinstance(self.view, SmoothedView) else set()
 
     def held(self, columns: int) -> int:
         """Bytes of the statistics of an input of so many columns."""
@@ -342,7 +349,8 @@ class Job:
     def account(self) -> dict[str, Any]:
         """What became of every input tensor: transformed or copied, with the reason a matrix was left as it is."""
         done = self.changed if self.tweak is None else {*self.linears, *self.tuned}
-        copied = [name for name in self.checkpoint.tensors if name not in done]
+        rescaled = self.replaced - done
+        copied = [name for name in self.checkpoint.tensors if name not in done | rescaled]
         left = {
             name: self.kept.get(name, "unused by the model")
             for name in copied
@@ -353,6 +361,7 @@ class Job:
             "transformed": len(done) - len(self.tuned),
             **({} if self.tweak is None else {"tuned": len(self.tuned)}),
             "copied": len(copied),
+            **({"rescaled": len(rescaled)} if rescaled else {}),
             "dropped": 0,
             "left_as_they_are": left,
         }
@@ -378,7 +387,7 @@ class Job:
     def origin(self) -> dict[str, Any]:
         """What the output was made from, for its provenance."""
         taught = {} if self.teacher is None else {"teacher": origin(self.teacher)}
-        return {**origin(self.checkpoint), **taught}
+        return {**origin(self.checkpoint), **taught, **({} if self.chosen is None else {"data": dict(self.chosen)})}
 
     def card(self, provenance: dict[str, Any]) -> str:
         """The model card of the output."""

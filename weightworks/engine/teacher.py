@@ -54,7 +54,11 @@ class Teacher:
     def loss(self, lessons: Lessons) -> float:
         """Its mean loss on the held-out rows, nats a token."""
         with shell(self.skeleton, self.view, self.device):
-            proof = lessons.held_out.batch(range(2)).tokens[:, :PROOF_TOKENS].to(self.device)
+            rows = [
+                part.batch([0]).tokens for part in (lessons.held_out, lessons.rows)
+            ]  # one held out may be all there is
+            length = min(PROOF_TOKENS, *(row.shape[1] for row in rows))
+            proof = torch.cat([row[:, :length] for row in rows]).to(self.device)
             self.returns_tuple = prove(self.skeleton, self.view, proof)
         return held_out_loss(self, self.view, lessons)
 

@@ -18,7 +18,8 @@ from weightworks.stage.tweaking import Descent, Solve, Tweak
 from weightworks.store.writer import CheckpointWriter
 from weightworks.stream.activations import Activations
 from weightworks.stream.gram import Gram
-from weightworks.stream.linears import block_linears, held_weight, read_by, read_linear, watch
+from weightworks.stream.linears import Group, block_linears, find_stages, held_weight, read_linear, watch
+from weightworks.stream.norms import Form, makers, scaled
 from weightworks.stream.passes import Windows
 from weightworks.stream.replay import BlockCall
 
@@ -27,10 +28,12 @@ Values = dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class Aims:
-    """Of the dense block by batch: what Adam is to follow on calibration windows, and the outputs of those held out."""
+    """Of the dense block by batch: what Adam is to follow on calibration windows, and the outputs of those held out; and for
+    the closed form the linears that read a norm, by its name in the block."""
 
     seen: list[torch.Tensor]
     held_out: list[torch.Tensor]
+    readers: Mapping[str, Group]
 
 
 class Tuner:
@@ -57,7 +60,8 @@ class Tuner:
         descent, seen = self.tweak.descent, []
         if descent is not None:
             seen = [descent.view(output) for output in self._outputs(index, self.windows, self.states)]
-        return Aims(seen, list(self._outputs(index, self.held_out, self.held)))
+        readers = {} if self.tweak.solve is None else self._readers(index)
+        return Aims(seen, list(self._outputs(index, self.held_out, self.held)), readers)
 
     def tune(self, index: int, aims: Aims) -> dict[str, Any]:
         """Tune, decide and write the norms of the rounded block; they are left in it as they are stored.
@@ -71,7 +75,7 @@ class Tuner:
         if self.tweak.descent is not None:
             self._descend(index, aims, self.tweak.descent)
         if self.tweak.solve is not None:
-            self._solve(index, self.tweak.solve)
+            self._solve(index, aims, self.tweak.solve)
         tuned = {name: self._rounded(name) for name in names}
         self._put(tuned)
         new = self._measured(index, aims)
@@ -108,25 +112,31 @@ class Tuner:
 
     # By the outputs of the linears that read a norm.
 
-    @torch.no_grad()
-    def _solve(self, index: int, solve: Solve) -> None:
-        """Factors of one norm after the other, each on the inputs that those before it make."""
-        job, skeleton = self.job, self.skeleton
-        dtypes = {name: info.dtype for name, info in job.checkpoint.tensors.items()}
-        linears, _ = block_linears(skeleton, index, dtypes)
+    def _readers(self, index: int) -> dict[str, Group]:
+        """The linears of the block, loaded dense, that read what a norm puts out, in the order of the forward pass."""
+        dtypes = {name: info.dtype for name, info in self.job.checkpoint.tensors.items()}
+        linears, _ = block_linears(self.skeleton, index, dtypes)  # those left as they are read it too
         call, x = next(self._batches(index, self.windows, self.states))
-        prefix, block = skeleton.blocks[index]
-        modules = dict.fromkeys(name.rpartition(".")[0] for name in job.norms[index])
-        readers = read_by(
-            block, call, x, {m: block.get_submodule(m.removeprefix(prefix + ".")) for m in modules}, linears
-        )
-        for module, readings in readers.items():
-            gram = Gram(readings[0].shape[1], job.device)
+        stages, _ = find_stages(self.skeleton, index, call, x, linears)
+        groups = {group.leader: group for stage in stages for group in stage.groups}
+        made = makers(self._module(index), call, x, list(groups.values()))
+        prefix = self.skeleton.blocks[index][0]
+        tuned = {name.removeprefix(prefix + ".").rpartition(".")[0] for name in self.job.norms[index]}
+        return {name: groups[leader] for leader, name in made.items() if name in tuned}
+
+    @torch.no_grad()
+    def _solve(self, index: int, aims: Aims, solve: Solve) -> None:
+        """Factors of one norm after the other, each on the inputs that those before it make."""
+        job, block = self.job, self._module(index)
+        for name, group in aims.readers.items():
+            gram = Gram(group.columns, job.device)
             for call, x in self._batches(index, self.windows, self.states):
-                watch(block, call, x, {readings[0].address: gram.add})
-            pairs = [(read_linear(job.view, one).to(job.device), held_weight(skeleton, index, one)) for one in readings]
-            factors = solve(gram.mean(), pairs)
-            scale(block.get_submodule(module.removeprefix(prefix + ".")), factors)
+                watch(block, call, x, {group.leader: gram.add})
+            pairs = [
+                (read_linear(job.view, linear).to(job.device), held_weight(self.skeleton, index, linear))
+                for linear in group.linears
+            ]
+            scale(block.get_submodule(name), solve(gram.mean(), pairs))
 
     # What both need.
 
@@ -185,7 +195,7 @@ def scale(norm: nn.Module, factors: torch.Tensor) -> None:
     for value in values.values():
         value.data.zero_()
     probe = torch.arange(1.0, len(factors) + 1, device=factors.device)[None]
-    offset = 1.0 if norm(probe).any() else 0.0
-    values["weight"].data.copy_((kept["weight"] + offset) * factors - offset)
+    form: Form = "offset" if norm(probe).any() else "plain"
+    values["weight"].data.copy_(scaled(kept["weight"], 1 / factors, form))
     if "bias" in values:
         values["bias"].data.copy_(kept["bias"] * factors)

@@ -29,7 +29,13 @@ from weightworks.stage.tweaking import tweak_of
 from weightworks.store.sources import Digests, folders
 
 NUMERIC = ("torch", "numpy", "scipy", "transformers", "safetensors")  # versions that may change a bit of the output
-READING = ("watch", "trace", "reduces", "regime")  # what methods have that look at inputs, at gradients, or train
+READING = (
+    "watch",
+    "trace",
+    "reduces",
+    "regime",
+    "select",
+)  # what methods have that look at inputs, at gradients, at rows, or train
 CALIBRATION = ("dataset", "num_samples", "seq_len", "dtype")  # settings of methods that look at inputs
 SHARDS = "max_shard_size"
 
@@ -109,11 +115,12 @@ def made(module: Any, options: Any) -> Any:
 
 
 def reads_text(method: Any) -> bool:
-    """Whether a method, a survey before it or a step after it looks at the inputs that a text makes, or trains on it."""
+    """Whether a method, or a step before or after it, looks at the inputs that a text makes, trains on it or chooses from it."""
     merges = hasattr(method, "merge")  # their surveys are others
     surveys = method.surveys() if hasattr(method, "surveys") and not merges else ()
-    followed = tweak_of(method) is not None
-    return shaped_by_text(method) or followed or any(survey.watch is not None for survey in surveys)
+    smooths = getattr(getattr(method, "options", None), "smooth", None) is not None
+    steps = smooths or tweak_of(method) is not None
+    return steps or shaped_by_text(method) or any(survey.watch is not None for survey in surveys)
 
 
 def shaped_by_text(method: Any) -> bool:

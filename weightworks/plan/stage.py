@@ -21,11 +21,13 @@ from weightworks.engine.machine import pick_device
 from weightworks.engine.modelwise import Training
 from weightworks.engine.reconstruct import Reconstruction
 from weightworks.engine.reducing import ReduceJob, Run, reduce
+from weightworks.engine.smoothing import smooth
 from weightworks.engine.survey import run_surveys
 from weightworks.engine.tensorwise import run_tensorwise
 from weightworks.engine.trained import check_trainable
 from weightworks.engine.training_costs import estimate_training
 from weightworks.errors import DegradedError, OutputError, ResourceError, WeightworksError
+from weightworks.plan.chosen import chosen_by
 from weightworks.plan.keys import reads_text, trains
 from weightworks.plan.reduce import plan_reduction
 from weightworks.plan.texts import Text, calibrate, check_windows, dtype_of_passes, lessons
@@ -102,7 +104,11 @@ def run_stage(
         check_target(target, overwrite=settings.overwrite)
     device = pick_device(settings.device)
     parts = entry.label, module.VERSION, method, settings, checkpoint, target, progress, device
-    job = plan_reduction(*parts) if hasattr(method, "reduces") else Job(*parts, original)
+    job = (
+        plan_reduction(*parts)
+        if hasattr(method, "reduces")
+        else Job(*parts, original, chosen_by(settings.dataset, called))
+    )
     text: Text | None = None
     if isinstance(job, Job) and trains(method):
         check_trainable(job)
@@ -175,6 +181,7 @@ def execute(
             assert calibration is not None
             run = Run(writer, calibration, probe, dtype, costs.on_disk, costs.statistics_bytes)
             return reduce(job, run, identity, calibrated(job, calibration, dtype), costs.reload_blocks)
+        smoothing = smooth(job, writer, calibration, probe, dtype, on_disk=costs.on_disk)
         run_surveys(job, writer, calibration, probe, dtype, on_disk=costs.on_disk)
         if isinstance(text, Lessons):
             if job.method.regime().window is None:
@@ -203,7 +210,7 @@ def execute(
                     job, writer, calibration, probe, on_disk=costs.on_disk, traced_bytes=costs.statistics_bytes
                 ).run(solved(job, writer))
             else:
-                rows = run_tensorwise(job, writer, executor)
+                rows = run_tensorwise(job, writer, None if smoothing else executor)
             results = {"rows": rows, "dense": stream_perplexity(job, job.view, probe)}
             copy_rest(job, writer)
             written = Written(job, writer)
@@ -213,6 +220,7 @@ def execute(
             "size": sizes(job, results["rows"]),
             **({"format": f"{job.format.name}: {told(job.scheme)}"} if job.format and job.scheme else {}),
             "quality": {key: results[key] for key in ("dense", "result")},
+            **smoothing,
             **({"training": results["training"]} if "training" in results else {}),
             **({"norms": results["norms"]} if "norms" in results else {}),
         }
@@ -246,7 +254,9 @@ def execute(
 def calibrated(job: Job | ReduceJob, text: Text, dtype: torch.dtype) -> dict[str, Any]:
     """What the provenance says of the text."""
     name = str(dtype).removeprefix("torch.")
-    return {"calibration": {"dataset": job.settings.dataset, "dtype": name, **text.facts()}}
+    chosen = job.chosen if isinstance(job, Job) else None
+    dataset = job.settings.dataset if chosen is None else chosen["name"]
+    return {"calibration": {"dataset": dataset, "dtype": name, **text.facts()}}
 
 
 def keep_inputs(target: Path, checkpoints: Iterable[Checkpoint]) -> None:

@@ -116,6 +116,15 @@ def encode(x: torch.Tensor, kind: Element) -> torch.Tensor:
     return index.add_(((x < 0) & (index > 0)).to(torch.uint8), alpha=8)
 
 
+def nearest(x: torch.Tensor, kind: Element) -> torch.Tensor:
+    """What the nearest elements mean, float32: :func:`decode` of :func:`encode`, at a fraction of the time."""
+    if kind == "E4M3":
+        return x.clamp(-LARGEST[kind], LARGEST[kind]).to(torch.float8_e4m3fn).float()
+    size = x.abs().clamp_(max=LARGEST[kind])
+    step = (size >= 2).float().add_(1).add_(size >= 4, alpha=2).mul_(0.5)  # 0.5, 1 from 2 on, 2 from 4 on
+    return size.div_(step).round_().mul_(step).copysign_(x).add_(0)
+
+
 def decode(codes: torch.Tensor, kind: Element) -> torch.Tensor:
     """What the bits uint8 of elements mean, float32."""
     if kind == "E4M3":
@@ -198,7 +207,7 @@ def rounding(inputs: InputScheme, global_scale: torch.Tensor | None = None) -> C
             values = torch.round(groups / scale).clamp_(-128, 127)
         else:
             scale = group_scale(top, inputs.kind, inputs.scales, global_scale)
-            values = decode(encode(groups / scale, inputs.kind), inputs.kind)
+            values = nearest(groups / scale, inputs.kind)
         return values.mul_(scale).flatten(-2).to(x.dtype)
 
     return rounded

@@ -200,40 +200,6 @@ def watch(
         pass
 
 
-@torch.no_grad()
-def read_by(
-    block: nn.Module, call: BlockCall, hidden: torch.Tensor, modules: Mapping[str, nn.Module], linears: Sequence[Linear]
-) -> dict[str, list[Linear]]:
-    """Which of ``linears`` of the loaded ``block`` multiply what a module puts out, unchanged; by the names of ``modules``
-    that some do, in the order of the forward pass."""
-    made: dict[tuple[int, int, int], str] = {}
-    alive: list[torch.Tensor] = []  # as in find_stages
-    found: dict[str, list[Address]] = {}
-
-    def mark(name: str) -> Callable[..., None]:
-        def hook(_: nn.Module, __: Any, output: Any) -> None:
-            if isinstance(output, torch.Tensor):
-                alive.append(output)
-                made[output.data_ptr(), output.numel(), output._version] = name
-
-        return hook
-
-    def seen(address: Address, x: torch.Tensor) -> None:
-        alive.append(x)
-        if (name := made.get((x.data_ptr(), x.numel(), x._version))) is not None:
-            found.setdefault(name, []).append(address)
-
-    handles = [module.register_forward_hook(mark(name)) for name, module in modules.items()]
-    try:
-        with _Products(block, seen):
-            call.run(block, hidden)
-    finally:
-        for handle in handles:
-            handle.remove()
-    read = {name: [linear for linear in linears if linear.address in found.get(name, ())] for name in made.values()}
-    return {name: some for name, some in read.items() if some}
-
-
 def head_linear(skeleton: Skeleton, dtypes: Mapping[str, torch.dtype]) -> Linear | None:
     """The output embedding as a linear; None if the model has none of its own: it is the input embedding, or no plain layer."""
     head, embedding = skeleton.model.get_output_embeddings(), skeleton.model.get_input_embeddings()

@@ -17,7 +17,7 @@ import torch
 from weightworks.errors import VerificationError
 from weightworks.store.checkpoint import Checkpoint
 from weightworks.store.dense import DenseView
-from weightworks.store.formats import packed_scheme
+from weightworks.store.formats import FORMATS, packed_scheme
 from weightworks.stream.memory import ran_out, release, released_at_once
 from weightworks.stream.passes import window_losses
 from weightworks.stream.skeleton import Skeleton
@@ -65,15 +65,16 @@ def stock_losses(
 ) -> Reload:
     """Load the folder with stock transformers and run it in float32.
 
-    Packed folders that it does not load as they are (asymmetric ones, some models' own initialisation) are loaded with
-    ``dequantize=True``. ``blocks`` loads a model of so many leading blocks: the rest of the file is left unread. Raises
-    :class:`VerificationError` when it cannot be loaded.
+    Packed folders that it does not run as they are (asymmetric ones, some models' own initialisation, scales of inputs that
+    are not a token's) are loaded with ``dequantize=True``. ``blocks`` loads a model of so many leading blocks: the rest of the
+    file is left unread. Raises :class:`VerificationError` when it cannot be loaded.
     """
     view = DenseView(checkpoint)
     fixed = None if view.format is None else view.format.decodes_to
     try:
         losses = _losses(checkpoint, tokens, blocks, trust_remote_code, dequantize=False)
-        return Reload(losses, False, Rounded(view, view.names if fixed else _experts(skeleton), inputs=True), fixed)
+        rounded = view.names if fixed else _experts(skeleton) if view.format is FORMATS["compressed-tensors"] else ()
+        return Reload(losses, False, Rounded(view, rounded, inputs=True), fixed)
     except VerificationError:
         if view.format is None or view.format.name != "compressed-tensors":
             raise
@@ -110,6 +111,8 @@ def _losses(
                 model.hf_quantizer.compressor.decompress_model(model)
                 for parameter in model.parameters():
                     parameter.data = parameter.data.float()
+            if not dequantize:
+                refuse_flat(model, checkpoint)
             model(tokens[:1, :1], use_cache=False)  # other packed weights are decoded at the first call
             release()
             return torch.cat([window_losses(model(row, use_cache=False).logits, row) for row in tokens.split(1)])
@@ -118,6 +121,24 @@ def _losses(
             raise
         reason = (str(error).strip() or "no text").splitlines()[0]
         raise VerificationError(f"transformers cannot load the folder ({type(error).__name__}: {reason})") from error
+
+
+def refuse_flat(model: Any, checkpoint: Checkpoint) -> None:
+    """Let layers that round inputs a token at a time refuse inputs [tokens, in].
+
+    compressed-tensors 0.20 takes one scale for all tokens there (``compute_dynamic_scales_and_zp``), engines do not.
+    """
+    scheme = DenseView(checkpoint).scheme
+    if scheme is None or scheme.inputs is None or scheme.inputs.group_size != -1:
+        return
+
+    def see(module: torch.nn.Module, given: tuple[torch.Tensor, ...]) -> None:
+        if given[0].ndim == 2:
+            raise VerificationError("a layer is handed [tokens, in], for which compressed-tensors takes one scale")
+
+    for module in model.modules():
+        if hasattr(module, "quantization_scheme"):
+            module.register_forward_pre_hook(see)
 
 
 class Rounded:
