@@ -17,11 +17,17 @@ def show_estimate(outcome: Any) -> None:
         show(f"nothing to do: {outcome.target} was made by this very command and is intact")
         return
     costs = outcome.estimate
+    taught = {}
+    if costs.taught_bytes:
+        taught["teacher"] = f"streamed once, its hidden states on disk: {size(costs.taught_bytes)}"
+    elif costs.teacher_bytes:
+        taught["teacher"] = f"in memory, passed by every batch: {size(costs.teacher_bytes)}"
     pairs(
         {
             "time": f"about {duration(costs.seconds)}",
             "peak memory": f"about {size(costs.peak_bytes)} ({costs.peak_phase}); allowed {size(costs.limit_bytes)}",
             "activations": "on disk" if costs.on_disk else "recomputed" if costs.recompute else "in memory",
+            **taught,
             "disk": f"{size(costs.disk_bytes)} while running",
             "output": f"{costs.output_bytes:,} bytes of weights",
         }

@@ -40,7 +40,8 @@ class Estimate:
     Bytes: ``output_bytes`` of weight files, exact; ``disk_bytes`` staging included; ``peak_bytes`` of the process.
     ``on_disk`` says that activations go to disk; ``statistics_bytes`` is the room for one round of statistics;
     ``reload_blocks`` is how many leading blocks the reload check can hold; ``recompute`` says that a training runs blocks
-    again in the backward pass.
+    again in the backward pass; ``teacher_bytes`` are of what a training holds of its teacher in memory, ``taught_bytes`` of what
+    that has left on disk.
     """
 
     output_bytes: int
@@ -53,6 +54,8 @@ class Estimate:
     statistics_bytes: int
     reload_blocks: int
     recompute: bool = False
+    teacher_bytes: int = 0
+    taught_bytes: int = 0
 
     def facts(self) -> dict[str, Any]:
         return dict(vars(self))

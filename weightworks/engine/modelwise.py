@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from weightworks.engine.blockwise import Written, prove_first
 from weightworks.engine.finish import stream_perplexity
+from weightworks.engine.imitating import Imitating, casting
 from weightworks.engine.job import Job
 from weightworks.engine.optimizer import Optimizer
 from weightworks.engine.teacher import Teacher
@@ -59,6 +60,7 @@ class Training:
         self.method: Modelwise = job.method
         self.regime = self.method.regime()
         self.recompute, self.teacher = recompute, Teacher.of(job)
+        self.imitating: Imitating | None = None
         self.rounds: list[dict[str, Any]] = []  # facts of rounds begun
         self.losses: list[float] = []  # of steps since the last journal entry
         self.saves = 0
@@ -69,11 +71,13 @@ class Training:
         job, writer = self.job, self.writer
         job.returns_tuple = prove_first(job, writer, self.probe)
         dense = stream_perplexity(job, job.view, self.probe)
-        if self.teacher is not None and "teacher" not in writer.steps:
-            writer.done("teacher", {"held_out": self.teacher.loss(self.lessons)})
+        if self.teacher is not None:
+            self.teacher.measured(writer, self.lessons)
         if "trained" not in writer.steps:
             model = whole(job, self.dtype)
             try:
+                if self.teacher is not None and self.regime.imitates is not None:
+                    self.imitating = Imitating(job, writer, self.teacher, self.lessons, self.dtype)
                 model.load(masks=given_masks(job))
                 self._train(model)
                 rows = write_changed(job, writer, model)
@@ -81,6 +85,8 @@ class Training:
                 writer.done("trained", {"rows": rows, "training": self._told(model)})
             finally:
                 model.unload()
+                if self.imitating is not None:
+                    self.imitating.close()
                 release()
         result = stream_perplexity(job, Written(job, writer), self.probe)
         return {**writer.steps["trained"], "dense": dense, "result": result}
@@ -134,7 +140,7 @@ class Training:
         regime = self.regime
         batch, loss = self.lessons.batch(number * regime.steps + step, regime.batch), 0.0
         for part in batch.parts(regime.parts):
-            share = self._loss(model, part) / batch.learned
+            share = self._aim(model, part) / batch.learned
             share.backward()
             loss += float(share.detach())
         norm = optimizer.step(rate)
@@ -142,10 +148,14 @@ class Training:
         self.losses.append(loss)
         self.job.progress.step(f"round {number + 1}, loss {loss:.4f}, rate {rate:.2e}")
 
+    def _aim(self, model: Whole, batch: Batch) -> torch.Tensor:
+        """What a step makes smaller, summed over what is learned of ``batch``."""
+        return self._loss(model, batch) if self.imitating is None else self.imitating.loss(model, batch)
+
     def _loss(self, model: Whole, batch: Batch) -> torch.Tensor:
         """The sum of the negative log-likelihoods (nats) of what is learned of ``batch``."""
         batch = batch.to(self.job.device)
-        with torch.autocast(self.job.device.type, self.dtype, enabled=self.dtype != torch.float32):
+        with casting(self.job.device, self.dtype):
             logits = model.model(input_ids=batch.tokens, use_cache=False).logits  # [n, seq, vocabulary]
         return nn.functional.cross_entropy(
             logits[:, :-1].float().flatten(0, 1), batch.labels[:, 1:].flatten(), reduction="sum"

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from weightworks.engine.imitating import check_imitable
 from weightworks.engine.job import Job
 from weightworks.engine.teacher import Teacher
 from weightworks.errors import MethodError
@@ -24,6 +25,7 @@ CURVE = 50  # points of the loss curve that the report has of a round
 
 def check_trainable(job: Job) -> None:
     """Refuse a training of nothing, one without the mask it needs, and an imitation of what cannot be imitated."""
+    check_imitable(job)
     window = job.method.regime().window
     if Teacher.of(job) is None and window is not None:
         raise MethodError(f"{job.label}: reconstruction imitates the original", hint="name it: --teacher ORIGINAL")

@@ -20,6 +20,22 @@ RECONSTRUCTED = 128  # windows that blocks are trained on
 
 
 @dataclass(frozen=True)
+class Imitation:
+    """What a whole model imitates of a teacher: the loss is a sum of three, each a mean over the tokens that are learned.
+
+    ``text`` weighs the language model's loss, ``logits`` the divergence from the teacher's at a ``temperature``, ``states`` the
+    relative distance of hidden states after every block. ``streamed``: the teacher passes all rows once, block by block, before
+    the training, and its hidden states wait on disk; otherwise it is whole in memory and passes each batch.
+    """
+
+    text: float
+    logits: float
+    states: float
+    temperature: float = 1.0
+    streamed: bool = False
+
+
+@dataclass(frozen=True)
 class Regime:
     """How the loop runs. Of each of ``rounds`` rounds ``steps`` optimizer steps, a step on ``batch`` windows in ``parts``.
 
@@ -29,7 +45,7 @@ class Regime:
 
     With a ``window`` blocks are trained one after the other, in one round each, to give what the original's give: ``inputs``
     tells whose inputs a block gets, of the pruned model or the original, ``targets`` whether the original's block gets the
-    same (local) or those of its own.
+    same (local) or those of its own. Of a whole model, ``imitates`` says what it learns of a teacher beside the text.
     """
 
     steps: int
@@ -44,6 +60,7 @@ class Regime:
     window: Literal["block", "attn", "mlp", "both"] | None = None
     inputs: Literal["sparse", "dense"] = "sparse"
     targets: Literal["local", "trajectory"] = "local"
+    imitates: Imitation | None = None
 
     @property
     def windows(self) -> int:
