@@ -8,7 +8,7 @@ from cli.render import duration, pairs, show, size
 from weightworks.report.reduction import parameters
 from weightworks.report.reduction import run_time as time_of_smaller
 from weightworks.report.sparsity import factored_run_time, factors, run_time, sparsity, weight_on_disk
-from weightworks.report.training import training
+from weightworks.report.training import renormalised, training
 
 
 def show_estimate(outcome: Any) -> None:
@@ -90,6 +90,8 @@ def worth(facts: dict[str, Any]) -> dict[str, str]:
         told["run time"] = time_of_smaller(reduction)
     if "training" in facts:
         told["training"] = training(facts["training"])
+    if "renormalisation" in facts:
+        told["rows renormalised"] = renormalised(facts["renormalisation"])
     if "quantized_weights" in sizes:
         told["bits a weight"] = f"{sizes['bits_a_weight']:.3f} in {facts['tensors']['transformed']} quantized tensors"
     return told

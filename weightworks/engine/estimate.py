@@ -312,6 +312,7 @@ def _seconds(job: Job | ReduceJob, tokens: tuple[int, int] | None, probe: tuple[
         passes = (
             (hasattr(job.method, "solve") or hasattr(job.method, "reduces"))
             + 2 * by_gradients(job.method)
+            + 2 * hasattr(job.method, "renormalises")
             + sum(survey.watch is not None for survey in surveys)
         )
         work += 2.0 * 2 * passes * count * weights / speed[str(dtype).removeprefix("torch.")]

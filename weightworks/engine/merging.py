@@ -46,23 +46,24 @@ def slab_rows(shape: tuple[int, ...], inputs: int, most: int = SLAB) -> int:
 @dataclass(frozen=True)
 class Correction:
     """What rows of a merged weight [out, in] are multiplied by, float32 [out], and what is added to them then, for biases.
-    ``transposed``: the tensor is stored as [in, out]."""
+    ``transposed``: the tensor is stored as [in, out]. ``left``: how far means stay off, since there is nothing to add to."""
 
     scale: torch.Tensor
     shift: torch.Tensor | None = None
     transposed: bool = False
+    left: float = 0.0
 
     @classmethod
     def of(cls, facts: Mapping[str, Any]) -> Correction:
         """From what :meth:`facts` gave."""
         scale, shift = (None if facts[key] is None else torch.tensor(facts[key]) for key in ("scale", "shift"))
         assert scale is not None
-        return cls(scale, shift, facts["transposed"])
+        return cls(scale, shift, facts["transposed"], facts["left"])
 
     def facts(self) -> dict[str, Any]:
         """As JSON-compatible data, exactly."""
         shift = None if self.shift is None else self.shift.tolist()
-        return {"scale": self.scale.tolist(), "shift": shift, "transposed": self.transposed}
+        return {"scale": self.scale.tolist(), "shift": shift, "transposed": self.transposed, "left": self.left}
 
     def made(self, rows: torch.Tensor, start: int = 0) -> torch.Tensor:
         """Rows ``start:`` of the stored tensor, corrected."""

@@ -36,13 +36,14 @@ class Teacher:
             return None
         view = DenseView(job.teacher)
         skeleton = build(view, trust_remote_code=job.settings.trust_remote_code)
-        if job.method.regime().window is not None:
+        regime = job.method.regime() if hasattr(job.method, "regime") else None
+        if regime is None or regime.window is not None:  # blocks are laid side by side
             same = set(skeleton.pieces) == set(job.skeleton.pieces)
             if not same or skeleton.mismatches(DenseView(job.checkpoint)):
                 raise MethodError(
                     f"{job.teacher.source}: cannot be imitated block by block: it is of another shape than "
                     f"{job.checkpoint.source}",
-                    hint="give the model as it was before it was pruned, or take --mode retrain",
+                    hint="give the model as it was before it was pruned, or take --method distill",
                 )
         own, others = (int(one.model.config.get_text_config().vocab_size) for one in (job.skeleton, skeleton))
         if own != others:

@@ -28,7 +28,7 @@ from weightworks.stage.settings import Settings
 from weightworks.store.sources import Digests, folders
 
 NUMERIC = ("torch", "numpy", "scipy", "transformers", "safetensors")  # versions that may change a bit of the output
-READING = ("watch", "trace", "reduces", "regime")  # what methods have that look at inputs, at gradients, or train
+READING = ("watch", "trace", "reduces", "regime", "renormalises")  # what methods that look at inputs or train have
 CALIBRATION = ("dataset", "num_samples", "seq_len", "dtype")  # settings of methods that look at inputs
 SHARDS = "max_shard_size"
 

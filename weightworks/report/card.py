@@ -11,7 +11,7 @@ from typing import Any
 from weightworks.report.reduction import parameters
 from weightworks.report.reduction import run_time as time_of_smaller
 from weightworks.report.sparsity import factored_run_time, factors, run_time, sparsity, weight_on_disk
-from weightworks.report.training import training
+from weightworks.report.training import renormalised, training
 from weightworks.store.checkpoint import Checkpoint
 
 TEMPLATE = """---
@@ -68,6 +68,8 @@ def model_card(source: Checkpoint, name: str, provenance: dict[str, Any], dequan
         )
     if "training" in provenance:
         rows.append(("training", training(provenance["training"])))
+    if (renormalisation := provenance.get("renormalisation")) is not None:
+        rows.append(("rows renormalised", renormalised(renormalisation)))
     if provenance.get("calibration"):
         facts = provenance["calibration"]
         what = "training text" if "training" in provenance else "calibration"
@@ -96,7 +98,8 @@ def _done(label: str, options: Mapping[str, Any], *, factored: bool) -> str:
     bits, group = options.get("bits"), options.get("group_size")
     grid = "one scale a row" if group == -1 else f"groups of {group}"
     if kind == "recover":
-        return f"trained to win back what pruning cost, zeros held ({method})"
+        how = "renormalised" if method == "renormalise" else "trained"
+        return f"{how} to win back what pruning cost, zeros held ({method})"
     if kind != "prune":
         return f"quantized to {bits} bits ({method}, {grid})"
     pattern = options.get("pattern", "unstructured")
@@ -127,8 +130,8 @@ def merge_card(models: Sequence[Checkpoint], base: Checkpoint | None, name: str,
         rows += _chosen(selection, members)
     if (alignment := provenance.get("alignment")) is not None:
         rows.append(("units aligned", _aligned(alignment)))
-    if (renormalised := provenance.get("renormalisation")) is not None:
-        rows.append(("rows renormalised", _renormalised(renormalised)))
+    if (renormalisation := provenance.get("renormalisation")) is not None:
+        rows.append(("rows renormalised", renormalised(renormalisation)))
     if quality:
         before = f"{quality['dense']:.3f} for `{base.name if base else members[0]}`, "
         rows.append(("perplexity on the built-in check text", f"{before}{quality['result']:.3f} merged"))
@@ -218,15 +221,6 @@ def _aligned(alignment: Mapping[str, Any]) -> str:
     moved = [row["gain"] for row in parts if row["gain"] >= alignment["least_gain"]]
     gains = f", nearer by a cosine of up to {max(moved):.3f}" if moved else "; no other order was nearer"
     return f"in {len(moved)} of {len(parts)} parts of blocks{gains}"
-
-
-def _renormalised(facts: Mapping[str, Any]) -> str:
-    """On what, and how far rows were scaled."""
-    rows = facts["factors"].values()
-    least, greatest = (
-        pick((row[key] for row in rows), default=1.0) for pick, key in ((min, "least"), (max, "greatest"))
-    )
-    return f"on {facts['text']['source']}, by {least:.3f} to {greatest:.3f}"
 
 
 def _figure(value: float | None) -> str:

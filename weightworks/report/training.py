@@ -1,4 +1,4 @@
-"""What a training came to, in words: for the terminal and for the model card."""
+"""What a training or a renormalisation came to, in words: for the terminal and for the model card."""
 
 from __future__ import annotations
 
@@ -23,3 +23,14 @@ def training(facts: Mapping[str, Any]) -> str:
         f"{facts['trained_parameters']:,} parameters ({facts['trained_share']:.2%} of the model), {how_long} on "
         f"{facts['tokens']:,} tokens; held-out loss {losses['before']:.4f} before, {losses['after']:.4f} after{original}"
     )
+
+
+def renormalised(facts: Mapping[str, Any]) -> str:
+    """On what, how far rows were scaled, and what could not be met."""
+    rows = facts["factors"].values()
+    least, greatest = (
+        pick((row[key] for row in rows), default=1.0) for pick, key in ((min, "least"), (max, "greatest"))
+    )
+    left = facts.get("means_left", {})
+    means = f"; deviations alone in {len(left)} layers, which have no bias for the means" if left else ""
+    return f"on {facts['text']['source']}, by {least:.3f} to {greatest:.3f}{means}"
