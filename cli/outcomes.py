@@ -76,6 +76,11 @@ def worst(rows: list[dict[str, Any]]) -> dict[str, str]:
 def worth(facts: dict[str, Any]) -> dict[str, str]:
     """What was gained in bytes, bits and time."""
     sizes = facts["size"]
+    if "config" in facts:
+        told = {
+            "size": f"{size(sizes['bytes_out'])}, an adapter of rank {facts['config']['r']} for PEFT; the model stays"
+        }
+        return {**told, "training": training(facts["training"])}
     told = {"size": f"{size(sizes['bytes_out'])}, was {size(sizes['bytes_in'])} ({sizes['ratio']:.2f}x smaller)"}
     if "kept_weights" in sizes:
         told["sparsity"] = sparsity(sizes)

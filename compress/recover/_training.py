@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from compress.rates import SCHEDULES
 from compress.schemes import ALWAYS_IGNORED, Patterns
@@ -31,9 +31,10 @@ class RecoveryOptions(TrainingOptions):
         "output layer that is not the embedding), adapters (of the linear layers), weights (all of those layers, under "
         "their masks, instead of adapters), full (every parameter of the model, under the masks)",
     )
-    adapter: Literal["mask_lora", "scale_lora", "spp"] = Field(
+    adapter: Literal["mask_lora", "scale_lora", "spp", "lora"] = Field(
         "mask_lora",
-        description="how a weight W is adapted: mask_lora: W + s M * (BA); scale_lora: W * (BA); spp: W + s W * (BA)",
+        description="how a weight W is adapted: mask_lora: W + s M * (BA); scale_lora: W * (BA); spp: W + s W * (BA); lora: "
+        "W + s BA, not merged: the output is an adapter for PEFT, the model may be quantized and stays as it is",
     )
     rank: int = Field(16, ge=1, description="rank of A and B")
     alpha: float = Field(32.0, gt=0, description="s is alpha / rank")
@@ -43,6 +44,22 @@ class RecoveryOptions(TrainingOptions):
         default=[],
         description="layers without an adapter: globs, or regular expressions after re: (routers never have one)",
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _kept(cls, values: Any) -> Any:
+        """What an adapter of PEFT holds is all that is trained, unless it is said otherwise."""
+        if isinstance(values, dict) and values.get("adapter") == "lora" and "train" not in values:
+            return {**values, "train": ["adapters"]}
+        return values
+
+    @model_validator(mode="after")
+    def _holds(self) -> Self:
+        if self.adapter == "lora" and (others := [part for part in self.train if part not in ("adapters", "head")]):
+            raise ValueError(
+                f"adapter lora is kept beside the model, which stays as it is: {', '.join(others)} cannot be trained"
+            )
+        return self
 
     @field_validator("train")
     @classmethod
@@ -102,6 +119,11 @@ class Recovery:
         return found
 
     @property
+    def keeps_adapter(self) -> bool:
+        """Whether the output is an adapter, and the model stays as it is."""
+        return getattr(self.options, "adapter", None) == "lora"
+
+    @property
     def by_blocks(self) -> bool:
         """Whether blocks are trained one after the other: then nothing outside them is."""
         return False
@@ -122,6 +144,9 @@ class Recovery:
             adapters[outline.head.tensor] = self.adapter("lora")
         elif "head" in wanted:
             fallbacks.append("head: left as it is; it is the embedding too, which an adapter of the head would change")
+        if self.keeps_adapter:
+            adapters, left = _holdable(outline, adapters)
+            fallbacks += left
         ordered = tuple(name for name in learnable if name in names)
         adapted = [
             linear for linear in (*outline.linears.values(), outline.head) if linear and linear.tensor in adapters
@@ -151,3 +176,21 @@ class Recovery:
 
     def told(self, weight: torch.Tensor, original: torch.Tensor, mask: torch.Tensor) -> dict[str, Any]:
         return {}
+
+
+def _holdable(outline: Outline, adapters: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Those of ``adapters`` that PEFT can hold, and why it cannot hold the others."""
+    linears = {**outline.linears, **({} if outline.head is None else {outline.head.tensor: outline.head})}
+    turned = any(linears[name].transposed for name in adapters)
+    held, left = {}, []
+    for name, adapter in adapters.items():
+        linear = linears[name]
+        if linear.piece.expert is not None or linear.piece.parts > 1:
+            left.append(
+                f"{name}: left as it is; transformers holds it fused with others, and PEFT adapts whole modules"
+            )
+        elif linear.transposed is not turned:
+            left.append(f"{name}: left as it is; one flag of PEFT says of all modules that weights are [in, out]")
+        else:
+            held[name] = adapter
+    return held, left

@@ -7,9 +7,9 @@ one that was pruned.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from compress.recover._training import Recovery, RecoveryOptions, WindowOptions
 from weightworks.stage.training import Regime
@@ -26,6 +26,12 @@ class Options(RecoveryOptions, WindowOptions):
         description="retrain: the whole model, on the language model's loss; reconstruct: block after block, to give what the "
         "original's give (needs a teacher; one block in memory at a time)",
     )
+
+    @model_validator(mode="after")
+    def _merges(self) -> Self:
+        if self.adapter == "lora" and self.mode == "reconstruct":
+            raise ValueError("adapter lora is not merged, so no block can be written: take mode retrain")
+        return self
 
 
 class Method(Recovery):

@@ -155,7 +155,7 @@ def size(count: float) -> str:
 
 
 def sizes_of(job: Job | ReduceJob, tokens: tuple[int, int] | None, probe: tuple[int, int], dtype: torch.dtype) -> Sizes:
-    skeleton, tensors = job.skeleton, job.checkpoint.tensors
+    skeleton, tensors = job.skeleton, {spec.name: spec for spec in job.view.specs}
     config = skeleton.model.config.get_text_config()
 
     def stored(names: Sequence[str]) -> list[str]:

@@ -15,7 +15,7 @@ import torch
 
 import weightworks
 from weightworks.engine.earlier import STATE_FILE, STATE_PREFIX, Earlier, open_earlier
-from weightworks.engine.job import dense_config, environment, origin
+from weightworks.engine.job import dense_config, environment, origin, refuse_filled
 from weightworks.engine.mergeplan import Layout, OneMethod, Part, Planner
 from weightworks.engine.side import Side, open_statistics
 from weightworks.errors import MethodError, NotFiniteError, WeightworksError
@@ -326,7 +326,9 @@ def open_inputs(names: Sequence[str], *, allow_pickle: bool) -> list[Input]:
     found, problems = [], []
     for name in names:
         try:
-            found.append(Input.of(Checkpoint.open(name, allow_pickle=allow_pickle)))
+            checkpoint = Checkpoint.open(name, allow_pickle=allow_pickle)
+            refuse_filled(checkpoint)
+            found.append(Input.of(checkpoint))
         except WeightworksError as error:
             problems.append(error)
     if len(problems) == 1:

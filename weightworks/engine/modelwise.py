@@ -35,7 +35,7 @@ from weightworks.store.snapshot import Snapshot, write_snapshot
 from weightworks.store.writer import CheckpointWriter
 from weightworks.stream.lessons import Batch, Lessons
 from weightworks.stream.memory import release
-from weightworks.stream.skeleton import Skeleton
+from weightworks.stream.skeleton import DenseReader, Skeleton
 from weightworks.stream.whole import Whole
 
 SAVE_SECONDS = 60.0  # a run is put by no more often than this while it trains,
@@ -80,16 +80,25 @@ class Training:
                     self.imitating = Imitating(job, writer, self.teacher, self.lessons, self.dtype)
                 model.load(masks=given_masks(job))
                 self._train(model)
-                rows = write_changed(job, writer, model)
-                carry_masks(job, writer)
+                rows = self._write(model)
                 writer.done("trained", {"rows": rows, "training": self._told(model)})
             finally:
                 model.unload()
                 if self.imitating is not None:
                     self.imitating.close()
                 release()
-        result = stream_perplexity(job, Written(job, writer), self.probe)
+        result = stream_perplexity(job, self._written(), self.probe)
         return {**writer.steps["trained"], "dense": dense, "result": result}
+
+    def _write(self, model: Whole) -> list[dict[str, Any]]:
+        """Write what was trained; returns the report's rows."""
+        rows = write_changed(self.job, self.writer, model)
+        carry_masks(self.job, self.writer)
+        return rows
+
+    def _written(self) -> DenseReader:
+        """The model as it is written."""
+        return Written(self.job, self.writer)
 
     # Rounds and steps.
 

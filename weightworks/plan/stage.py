@@ -11,12 +11,13 @@ from typing import Any
 
 import torch
 
+from weightworks.engine.beside import Beside, finish_adapter
 from weightworks.engine.blockwise import Blockwise, Written, prove_first
 from weightworks.engine.estimate import Estimate, estimate, refuse
 from weightworks.engine.executor import Executor
 from weightworks.engine.finish import copy_rest, finish, stream_perplexity
 from weightworks.engine.gradients import Backward, solved
-from weightworks.engine.job import Job, digest_of
+from weightworks.engine.job import Job, digest_of, refuse_filled
 from weightworks.engine.machine import pick_device
 from weightworks.engine.modelwise import Training
 from weightworks.engine.reconstruct import Reconstruction
@@ -94,6 +95,8 @@ def run_stage(
     module = entry.load()
     method = module.Method(module.Options.parse(options, where=entry.label))
     checkpoint = opened(model, settings, called)
+    if kind != "prune":
+        refuse_filled(checkpoint)
     original = None if teacher is None else opened(teacher, settings, called)
     target = (output_dir or default_target(checkpoint, name, method.options)).absolute()
     keep_inputs(target, [checkpoint, *([original] if original else [])])
@@ -179,12 +182,14 @@ def execute(
             return reduce(job, run, identity, calibrated(job, calibration, dtype), costs.reload_blocks)
         results = worked(job, writer, text, probe, dtype, costs, executor)
         facts: dict[str, Any] = {
-            "size": sizes(job, results["rows"]),
+            **({} if job.keeps_adapter else {"size": sizes(job, results["rows"])}),
             "quality": {key: results[key] for key in ("dense", "result")},
             **{key: results[key] for key in ("training", "renormalisation") if key in results},
         }
         if text is not None:
             facts |= calibrated(job, text, dtype)
+        if job.keeps_adapter:
+            return finish_adapter(job, writer, identity, results, facts, probe=probe)
         return finish(
             job,
             writer,
@@ -223,7 +228,9 @@ def worked(
     probe, and what else is to be told."""
     calibration = None if isinstance(text, Lessons) else text
     run_surveys(job, writer, calibration, probe, dtype, on_disk=costs.on_disk)
-    if isinstance(text, Lessons):
+    if isinstance(text, Lessons) and job.keeps_adapter:
+        results = Beside(job, writer, text, probe, dtype, recompute=costs.recompute).run()
+    elif isinstance(text, Lessons):
         if job.method.regime().window is None:
             results = Training(job, writer, text, probe, dtype, recompute=costs.recompute).run()
         else:

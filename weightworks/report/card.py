@@ -158,13 +158,28 @@ def merge_card(models: Sequence[Checkpoint], base: Checkpoint | None, name: str,
     )
 
 
-def adapter_card(names: Sequence[str], base: Checkpoint | None, name: str, provenance: dict[str, Any]) -> str:
-    """The card of a LoRA adapter called ``name``, made of other adapters or extracted from a checkpoint."""
+def trained_adapter_card(base: Checkpoint, name: str, provenance: dict[str, Any]) -> str:
+    """The card of a LoRA adapter called ``name`` that was trained on ``base``."""
+    sentence = f"trained on `{base.name}`, which stays as it is ({provenance['identity']['method'].split('.')[-1]})"
+    return adapter_card([], base, name, provenance, sentence, command(provenance, base))
+
+
+def adapter_card(
+    names: Sequence[str],
+    base: Checkpoint | None,
+    name: str,
+    provenance: dict[str, Any],
+    sentence: str | None = None,
+    line: str | None = None,
+) -> str:
+    """The card of a LoRA adapter called ``name``, made of other adapters or extracted from a checkpoint; ``sentence`` and the
+    command ``line`` are told where it was made otherwise."""
     identity, size, rows = provenance["identity"], provenance["size"], provenance["report"]
     method = identity["method"].split(".")[-1]
     known = str(provenance["config"]["base_model_name_or_path"] or (base.name if base is not None else "unknown"))
-    what = _joined([f"`{one}`" for one in names])
-    sentence = f"{what} relative to `{known}`" if method == "extract" else f"{what} merged by {method}"
+    what = _joined([f"`{one}`" for one in names or [known]])
+    if sentence is None:
+        sentence = f"{what} relative to `{known}`" if method == "extract" else f"{what} merged by {method}"
     ranks = sorted({row["rank"] for row in rows if row.get("rank")})
     shown = f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}" if ranks else "none"
     facts = [("adapter file", f"{size['bytes_out']:,} bytes, rank {shown}")]
@@ -173,10 +188,13 @@ def adapter_card(names: Sequence[str], base: Checkpoint | None, name: str, prove
         facts.append((f"distance from {against}", f"{share['total']:.3%} of its norm, {share['stored']:.3%} as stored"))
     for key, value in (provenance.get("quality") or {}).items():
         facts.append((f"perplexity on the built-in check text, {key}", f"{value:.3f}"))
+    if "training" in provenance:
+        facts.append(("training", training(provenance["training"])))
     facts.append(("checked with", provenance["checks"]["loader"]))
     degraded = provenance["fallbacks"]
-    listed = "\n".join(f"- {line}" for line in degraded)
-    front = [f"base_model: {known}", "library_name: peft", "tags:", "- weightworks", "- lora", "- merge"]
+    listed = "\n".join(f"- {text}" for text in degraded)
+    front = [f"base_model: {known}", "library_name: peft", "tags:", "- weightworks", "- lora"]
+    front += [] if line else ["- merge"]
     loading = [
         "from peft import PeftModel",
         "from transformers import AutoModelForCausalLM\n",
@@ -195,7 +213,7 @@ def adapter_card(names: Sequence[str], base: Checkpoint | None, name: str, prove
         sentence=f"A LoRA adapter: {sentence}.",
         facts="\n".join(f"| {key} | {value} |" for key, value in facts),
         snippet="\n".join(loading),
-        command=" ".join([*words, *flags({**identity["options"], "seed": identity["seed"]})]),
+        command=line or " ".join([*words, *flags({**identity["options"], "seed": identity["seed"]})]),
         fallbacks=f"## Not as it seems\n\n{listed}\n" if degraded else "",
     )
 
