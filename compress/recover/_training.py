@@ -13,7 +13,6 @@ from pydantic import Field, field_validator, model_validator
 from compress.rates import SCHEDULES
 from compress.schemes import ALWAYS_IGNORED, Patterns
 from compress.training import TrainingOptions
-from weightworks.options import Options
 
 if TYPE_CHECKING:
     from weightworks.stream.whole import Outline, Subset, Whole
@@ -81,7 +80,7 @@ class RecoveryOptions(TrainingOptions):
         return [*ALWAYS_IGNORED, *self.ignore]
 
 
-class WindowOptions(Options):
+class WindowOptions(TrainingOptions):
     """Options of methods that train block after block to give what the original's give."""
 
     window: Literal["block", "attn", "mlp", "both"] = Field(
@@ -97,6 +96,13 @@ class WindowOptions(Options):
         description="in reconstruction, what the original's block gives on the same inputs (local), or in the original "
         "(trajectory)",
     )
+
+    def no_patience(self) -> None:
+        """Blocks are trained by their own errors: there is no loss of the model to wait for."""
+        if self.patience is not None:
+            raise ValueError(
+                "patience waits for the held-out loss of the whole model, which is not known block by block"
+            )
 
 
 class Recovery:

@@ -6,21 +6,20 @@ the outputs of a block; masks are held. In memory are one block and the original
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from compress.rates import SCHEDULES
 from compress.recover._training import Recovery, WindowOptions
 from compress.schemes import ALWAYS_IGNORED, Patterns
-from compress.training import TrainingOptions
 from weightworks.stage.training import Regime
 
 PAPER = "Guo et al. 2024, arXiv:2402.12419"
 VERSION = 1
 
 
-class Options(TrainingOptions, WindowOptions):
+class Options(WindowOptions):
     """Options of block-wise fine-tuning."""
 
     steps: int = Field(160, ge=1, description="optimizer steps, of each block")
@@ -29,6 +28,11 @@ class Options(TrainingOptions, WindowOptions):
     ignore: Patterns = Field(
         default=[], description="layers left as they are: globs, or regular expressions after re: (routers always are)"
     )
+
+    @model_validator(mode="after")
+    def _by_blocks(self) -> Self:
+        self.no_patience()
+        return self
 
     @property
     def ignored(self) -> list[str]:

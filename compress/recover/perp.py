@@ -31,6 +31,8 @@ class Options(RecoveryOptions, WindowOptions):
     def _merges(self) -> Self:
         if self.adapter == "lora" and self.mode == "reconstruct":
             raise ValueError("adapter lora is not merged, so no block can be written: take mode retrain")
+        if self.mode == "reconstruct":
+            self.no_patience()
         return self
 
 

@@ -41,6 +41,7 @@ from weightworks.stream.whole import Whole
 SAVE_SECONDS = 60.0  # a run is put by no more often than this while it trains,
 SAVE_SHARE = 20  # nor does putting it by take more than one part in so many of its time
 EARLIER = "earlier.safetensors"  # values to go back to
+BEST = "best.safetensors"  # those of the best look at the held-out loss
 
 
 class Training:
@@ -113,13 +114,15 @@ class Training:
                     self._begin(number, model)
                     optimizer.restart()
                 rates = self.method.rates(number, self.rounds[number]["begun"])
-                while step < steps:
+                while step < steps and not self._waited(number):
                     self._put_by(model, number, step)
                     self._step(model, optimizer, number, step, rates[step])
                     step += 1
+                    self._look(model, number, step)
                     if step < steps and time.monotonic() - self.saved > max(SAVE_SECONDS, SAVE_SHARE * self.cost):
                         self._save(model, optimizer, number, step)
                 self._put_by(model, number, step)
+                self.rounds[number]["steps"] = step
                 self._end(number, model)
                 number, step = number + 1, 0
                 optimizer.restart()
@@ -132,12 +135,19 @@ class Training:
         model.hold()
         facts = {"begun": begun, "held_out_before": before, "held_out_begun": self._held_out(model)}
         self.rounds.append(facts)
+        if self.regime.patience is not None:
+            facts["looks"] = [[0, facts["held_out_begun"]]]
+            write_snapshot(self.writer.scratch / BEST, model.values)
         self.job.progress.say(
             f"round {number + 1} of {self.regime.rounds}: held-out loss {told(facts, 'before', 'begun')}"
         )
 
     def _end(self, number: int, model: Whole) -> None:
         facts = self.rounds[number]
+        if "looks" in facts:
+            best = Snapshot(self.writer.scratch / BEST)
+            for name, value in model.values.items():
+                value.data.copy_(best.read(name))
         facts["held_out_after"] = self._held_out(model)
         facts["ended"] = self.method.end(number, model)
         self.job.progress.say(
@@ -177,6 +187,29 @@ class Training:
         for batch in self.lessons.held_out.batches(max(1, self.regime.batch // self.regime.parts)):
             total, learned = total + float(self._loss(model, batch)), learned + batch.learned
         return total / learned
+
+    # Stopping early.
+
+    def _look(self, model: Whole, number: int, step: int) -> None:
+        """After every so many steps, and the last: the held-out loss, and the values put by if it was never lower.
+
+        A run that is continued from before a look takes it again, and comes to the same file.
+        """
+        regime = self.regime
+        if regime.patience is None or (step % regime.look and step < regime.steps):
+            return
+        looks, loss = self.rounds[number]["looks"], self._held_out(model)
+        if loss < min(seen for _, seen in looks):
+            write_snapshot(self.writer.scratch / BEST, model.values)
+        looks.append([step, loss])
+        self.job.progress.say(f"held-out loss {loss:.4f} after step {step}, {best_look(looks)[1]:.4f} the best")
+
+    def _waited(self, number: int) -> bool:
+        """Whether the last looks, as many as patience is, were no better than the best before them."""
+        looks = self.rounds[number].get("looks")
+        if looks is None or self.regime.patience is None:
+            return False
+        return len(looks) - 1 - looks.index(best_look(looks)) >= self.regime.patience
 
     # Putting by, and going on.
 
@@ -234,16 +267,18 @@ class Training:
         """What the report says of the training."""
         trained = sum(value.numel() for value in model.values.values())
         losses = [loss for facts in self.writer.steps.values() for loss in facts.get("losses", ())]
-        steps, regime = self.regime.steps, self.regime
-        rounds = [
-            {**facts, "losses": curve(losses[number * steps : (number + 1) * steps])}
-            for number, facts in enumerate(self.rounds)
-        ]
+        regime, rounds, done, tokens = self.regime, [], 0, 0
+        for number, facts in enumerate(self.rounds):
+            taken, first = facts["steps"], number * regime.steps
+            rounds.append({**facts, "losses": curve(losses[done : done + taken])})
+            tokens += self.lessons.passed(first + taken, regime.batch) - self.lessons.passed(first, regime.batch)
+            done += taken
         return {
             "trained_parameters": trained,
             "trained_share": trained_share(self.job, trained),
-            "steps": regime.rounds * steps,
-            "tokens": self.lessons.passed(regime.rounds * steps, regime.batch),
+            "steps": done,
+            **({"steps_allowed": regime.rounds * regime.steps} if regime.patience is not None else {}),
+            "tokens": tokens,
             "held_out": {
                 "before": self.rounds[0]["held_out_before"],
                 "after": self.rounds[-1]["held_out_after"],
@@ -251,6 +286,11 @@ class Training:
             },
             "rounds": rounds,
         }
+
+
+def best_look(looks: list[list[float]]) -> list[float]:
+    """The first of the lowest losses, with its step."""
+    return min(looks, key=lambda look: look[1])
 
 
 def told(facts: dict[str, Any], *when: str) -> str:

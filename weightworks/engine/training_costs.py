@@ -52,7 +52,7 @@ def estimate_training(job: Job, lessons: Lessons, *, probe: tuple[int, int], dty
     trained, masked = _counts(job)
     taught = _taught(job, lessons, dtype)
     state = 12 * trained + 2 * masked  # values, moments; masks, signs
-    put_by = 4 * trained if regime.remember is not None else 0
+    put_by = 4 * trained * ((regime.remember is not None) + (regime.patience is not None))
     return Estimate(
         output_bytes=job.weight_bytes,
         disk_bytes=job.weight_bytes + 2 * state + put_by + taught.disk,
@@ -232,7 +232,8 @@ def _seconds(job: Job, lessons: Lessons, dtype: torch.dtype, *, recompute: bool)
     passed = weights + config.hidden_size * config.vocab_size
     tokens = lessons.passed(regime.rounds * regime.steps, regime.batch)
     passes = FORWARD + BACKWARD + (FORWARD if recompute else 0)
-    held_out = (2 * regime.rounds + 1) * lessons.held_out.tokens.numel()
+    looks = 0 if regime.patience is None else regime.steps // regime.look + 1
+    held_out = ((2 + looks) * regime.rounds + 1) * lessons.held_out.tokens.numel()
     held_out += _taught(job, lessons, dtype).tokens
     work = 2.0 * passed * (passes * tokens + held_out) / speed[str(dtype).removeprefix("torch.")]
     trained, _ = _counts(job)

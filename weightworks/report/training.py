@@ -12,6 +12,8 @@ def training(facts: Mapping[str, Any]) -> str:
     how_long = f"{facts['steps']} steps" + (
         f" in {rounds} rounds" if rounds > 1 else f" in {blocks} blocks" if blocks else ""
     )
+    if facts["steps"] < facts.get("steps_allowed", 0):
+        how_long += f" of {facts['steps_allowed']}, stopped early"
     losses = facts["held_out"]
     if (teacher := losses.get("teacher")) is not None:
         original = f", {teacher:.4f} of the original"

@@ -41,7 +41,9 @@ class Regime:
 
     ``decay`` is AdamW's, of matrices; ``clip`` the norm that gradients are scaled down to, 0 for none; ``held_out`` how many
     windows are set aside. After step ``remember`` of the first round (0: before its first) all trained values are put by, to
-    go back to. ``recompute`` runs blocks again in the backward pass; None leaves it to the memory there is.
+    go back to. With ``patience`` the held-out loss is looked at after every ``look`` steps; a round ends once so many looks in
+    turn were no better than the best, and has the values of the best. ``recompute`` runs blocks again in the backward pass;
+    None leaves it to the memory there is.
 
     With a ``window`` blocks are trained one after the other, in one round each, to give what the original's give: ``inputs``
     tells whose inputs a block gets, of the pruned model or the original, ``targets`` whether the original's block gets the
@@ -61,6 +63,8 @@ class Regime:
     inputs: Literal["sparse", "dense"] = "sparse"
     targets: Literal["local", "trajectory"] = "local"
     imitates: Imitation | None = None
+    patience: int | None = None
+    look: int = 10
 
     @property
     def windows(self) -> int:
