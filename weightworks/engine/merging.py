@@ -22,6 +22,7 @@ from weightworks.engine.mergejob import MergeJob
 from weightworks.engine.mergeplan import Part
 from weightworks.errors import MethodError, VerificationError
 from weightworks.stage.merging import STATE, Slab, Survey
+from weightworks.store.masks import SUFFIX
 from weightworks.store.writer import CheckpointWriter
 from weightworks.stream.memory import kept_for_reuse
 
@@ -205,6 +206,8 @@ class Merging:
         found = self.surveyed[id(method)]
         for survey in surveys_of(method, "tensor"):
             found = survey.conclude(self._look(part, survey, found), found)
+        carried = self.job.masks.get(part.spec.name)
+        kept = None if carried is None else carried.kept().to(self.job.device)
         for slab in self._slabs(part, method):
             expected = slab.models[0].shape
             result = method.merge(slab, found)
@@ -212,10 +215,14 @@ class Merging:
                 raise VerificationError(
                     f"{self.job.label} made {list(result.shape)} of '{slab.name}', expected {list(expected)}"
                 )
+            if kept is not None:  # what is zero in all models may not be in what a method makes of them
+                result = result.masked_fill(~kept[slab.start : slab.start + result.shape[0]], 0)
             yield result
 
     def _merge(self, part: Part) -> None:
         name, shape, dtype = part.spec.name, part.spec.shape, part.spec.dtype
+        if (carried := self.job.masks.get(name)) is not None:
+            self.writer.put(name + SUFFIX, carried.packed())
         correction, start = self.corrections.get(name), 0
         with self.writer.filling(name, shape, dtype) as append:
             for made in self.made(part):
