@@ -127,7 +127,7 @@ def merge_command(method: str, folders: list[Path], out: Path, extra: list[str])
     base, *models = folders
     based = catalog.find("merge", method).load().Method.BASE == "required"
     inputs: list[str | Path] = [*models, "--base", base] if based else [*folders]
-    program = "import sys; from cli.merge_app import main; main()"
+    program = "from cli.program import merge; merge()"
     return [sys.executable, "-c", program, method.replace("_", "-"), *inputs, "-o", out, "-q", *extra]
 
 

@@ -124,7 +124,7 @@ def main() -> None:
         ours, theirs = args.work / f"{method}-ours", args.work / f"{method}-mergekit"
         for folder in (ours, theirs):
             shutil.rmtree(folder, ignore_errors=True)
-        program = "import sys; from cli.merge_app import main; main()"
+        program = "from cli.program import merge; merge()"
         run([sys.executable, "-c", program, "config", file, "-o", ours, "-q", "--check", "files"])
         run([args.peer_python.parent / "mergekit-yaml", file, theirs, "--random-seed", "0"])
         result[method] = found = compared(tensors(ours), tensors(theirs), None if method in BASELESS else base)

@@ -69,7 +69,7 @@ def ours(name: str, folders: dict[str, Path], out: Path, check: str) -> list[str
     words, based, _ = MERGES[name]
     inputs = [folders[key] for key in ("a", "b", "c")][: 2 if name == "SLERP" else 3]
     base: list[str | Path] = ["--base", folders["base"]] if based else []
-    program = "import sys; from cli.merge_app import main; main()"
+    program = "from cli.program import merge; merge()"
     return [sys.executable, "-c", program, *words, *inputs, *base, "-o", out, "-q", "--check", check, "--overwrite"]
 
 

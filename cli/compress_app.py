@@ -16,6 +16,7 @@ from cli.common import guarded, spell, version
 from cli.params import JSON, MODEL, QUIET, command, parameters
 from cli.render import emit, pairs, show, table
 from cli.scores import show_scores
+from cli.select import select
 from cli.stats import stats, stats_parameters
 from weightworks.errors import UsageError
 from weightworks.stage import catalog
@@ -218,9 +219,10 @@ def methods(
 
 
 COMMANDS: dict[str, Callable[..., int | None]] = {
-    "quantize": stages.quantize, "prune": stages.prune, "recover": stages.recover, "evaluate": evaluate, "inspect": inspect,
-    "diff": diff, "verify": verify, "export": storing.export, "densify": storing.densify, "stats": stats, "methods": methods,
-    "run": recipes.run, "explain": recipes.explain, "schema": recipes.schema, "recipe": recipes.recipe, "cache": recipes.cache,
+    "quantize": stages.quantize, "prune": stages.prune, "recover": stages.recover, "select": select, "evaluate": evaluate,
+    "inspect": inspect, "diff": diff, "verify": verify, "export": storing.export, "densify": storing.densify, "stats": stats,
+    "methods": methods, "run": recipes.run, "explain": recipes.explain, "schema": recipes.schema, "recipe": recipes.recipe,
+    "cache": recipes.cache,
 }  # fmt: skip
 
 

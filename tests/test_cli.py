@@ -47,6 +47,23 @@ def cold(*words: str) -> tuple[int, list[str], str]:
     return code, loaded, process.stderr
 
 
+@pytest.mark.parametrize(
+    ("leave", "code", "err"), [("0", 0, ""), ("None", 0, ""), ("130", 130, ""), ("'no'", 1, "no\n")]
+)
+def test_a_program_ends_with_its_code_and_does_what_libraries_asked_for(leave: str, code: int, err: str) -> None:
+    program = (
+        "import atexit, sys\n"
+        "from cli.program import run\n"
+        "atexit.register(print, 'asked for')\n"
+        "def main():\n"
+        "    print('said')\n"
+        f"    sys.exit({leave})\n"
+        "run(main)\n"
+    )
+    process = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert (process.returncode, process.stdout, process.stderr) == (code, "said\nasked for\n", err)
+
+
 # Help and usage errors.
 
 

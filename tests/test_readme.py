@@ -24,6 +24,7 @@ MORE = (
     "tiny-llama-structured-s25",
     "tiny-sparse",
     "tiny-healed",
+    "chosen-rows",
     "tiny-stored",
     "tiny-again",
     "both",

@@ -7,19 +7,25 @@ the method of conjugate gradients with the diagonal of H as preconditioner; a st
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 
+from weightworks.stream.gram import bfloat16_products
+
+COARSE = 8  # steps up to which products may be of bfloat16: what that costs is far less than a step wins
 BAND = 1 << 21  # weights at a time: rows are independent, and six of their size are held
 
 
 def refine(result: torch.Tensor, weight: torch.Tensor, hessian: torch.Tensor, mask: torch.Tensor, steps: int) -> None:
     """Improve ``result`` [out, in], zero outside ``mask``, in place so that tr(E H E') falls, E = result - weight.
 
-    ``hessian`` [in, in] is damped. Every step lowers the loss of every row, until float32 can tell no more.
+    ``hessian`` [in, in] is damped. Every step lowers the loss of every row, until the products can tell no more.
     """
     height = max(1, BAND // weight.shape[1])
-    for new, old, kept in zip(result.split(height), weight.split(height), mask.split(height), strict=True):
-        _descend(new, old, kept, hessian, steps)
+    with bfloat16_products() if steps <= COARSE else nullcontext():
+        for new, old, kept in zip(result.split(height), weight.split(height), mask.split(height), strict=True):
+            _descend(new, old, kept, hessian, steps)
 
 
 def _descend(result: torch.Tensor, weight: torch.Tensor, kept: torch.Tensor, hessian: torch.Tensor, steps: int) -> None:

@@ -58,6 +58,7 @@ class Job:
     progress: Progress
     device: torch.device
     teacher: Checkpoint | None = None
+    chosen: Mapping[str, Any] | None = None  # the stage that chose the data set, and what that is called
     skeleton: Skeleton = field(init=False)
     blocks: list[list[Linear]] = field(init=False)
     kept: dict[str, str] = field(init=False, default_factory=dict)  # matrices inside blocks left as they are, and why
@@ -374,7 +375,7 @@ class Job:
     def origin(self) -> dict[str, Any]:
         """What the output was made from, for its provenance."""
         taught = {} if self.teacher is None else {"teacher": origin(self.teacher)}
-        return {**origin(self.checkpoint), **taught}
+        return {**origin(self.checkpoint), **taught, **({} if self.chosen is None else {"data": dict(self.chosen)})}
 
     def card(self, provenance: dict[str, Any]) -> str:
         """The model card of the output."""

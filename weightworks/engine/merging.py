@@ -27,7 +27,7 @@ from weightworks.store.writer import CheckpointWriter
 from weightworks.stream.memory import kept_for_reuse
 
 JOURNAL_BYTES = 256 << 20  # of output between two journal entries: little is lost, the disk is not kept waiting
-SLAB = 1 << 17  # elements of a slab to be merged: what is done to it in several steps stays in the processor's cache
+SLAB = 1 << 18  # elements of a slab to be merged: what is done to it in several steps stays in the processor's cache
 LOOK = 1 << 20  # of a slab that is surveyed: its figures, such as histograms, are large beside fewer
 HELD = 1 << 26  # elements of all inputs' slabs together
 NOTED = 1 << 12  # numbers that sums may have to be journalled before a survey is over

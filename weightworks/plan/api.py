@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from weightworks.plan.merge import run_merge
+from weightworks.plan.select import run_select
 from weightworks.plan.stage import Outcome, run_stage
 from weightworks.report.progress import Progress
 from weightworks.stage import catalog
@@ -34,6 +35,32 @@ def run(
     outcome = run_stage(
         kind,
         method,
+        str(model),
+        options,
+        settings,
+        teacher=None if teacher is None else str(teacher),
+        output_dir=None if output_dir is None else Path(output_dir),
+        dry_run=dry_run,
+        progress=progress,
+    )
+    return _strictly(outcome, settings)
+
+
+def choose(
+    method: str,
+    model: str | Path,
+    values: Mapping[str, Any],
+    *,
+    teacher: str | Path | None = None,
+    output_dir: str | Path | None = None,
+    dry_run: bool = False,
+    progress: Progress | None = None,
+) -> Outcome:
+    """Choose rows for ``model`` with ``select.method``; as :func:`run` does."""
+    entry = catalog.find("select", method)
+    options, settings = divide(values, entry.load().Options, entry.label)
+    outcome = run_select(
+        entry.name,
         str(model),
         options,
         settings,

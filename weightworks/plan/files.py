@@ -18,6 +18,8 @@ def missing(entry: catalog.Entry, options: Mapping[str, Any], settings: Mapping[
     dataset = settings.get("dataset", "builtin")
     if shaped_by_text(module.Method) and is_text_file(dataset) and not Path(dataset).expanduser().is_file():
         yield "dataset", f"{entry.label}: 'dataset': {dataset}: no such file"
+    if entry.kind == "select" and dataset in ("builtin", "self"):
+        yield "dataset", f"{entry.label}: 'dataset': rows are chosen from a data set, '{dataset}' has none"
     text = options.get("renormalise")
     if isinstance(text, str) and is_text_file(text) and not Path(text).expanduser().is_file():
         yield "renormalise", f"{entry.label}: 'renormalise': {text}: no such file"

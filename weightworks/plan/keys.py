@@ -28,7 +28,14 @@ from weightworks.stage.settings import Settings
 from weightworks.store.sources import Digests, folders
 
 NUMERIC = ("torch", "numpy", "scipy", "transformers", "safetensors")  # versions that may change a bit of the output
-READING = ("watch", "trace", "reduces", "regime", "renormalises")  # what methods that look at inputs or train have
+READING = (
+    "watch",
+    "trace",
+    "reduces",
+    "regime",
+    "select",
+    "renormalises",
+)  # of methods that look at inputs or rows, or train
 CALIBRATION = ("dataset", "num_samples", "seq_len", "dtype")  # settings of methods that look at inputs
 SHARDS = "max_shard_size"
 
@@ -108,7 +115,7 @@ def made(module: Any, options: Any) -> Any:
 
 
 def reads_text(method: Any) -> bool:
-    """Whether a method, or a survey it asks for, looks at the inputs that a text makes, or trains on it."""
+    """Whether a method, or a survey it asks for, looks at the inputs that a text makes, trains on it or chooses from it."""
     merges = hasattr(method, "merge")  # their surveys are others
     surveys = method.surveys() if hasattr(method, "surveys") and not merges else ()
     return shaped_by_text(method) or any(survey.watch is not None for survey in surveys)

@@ -62,7 +62,8 @@ def _inputs(source: Mapping[str, Any], identity: Mapping[str, Any]) -> dict[str,
     digests = identity["input"]
     if "models" not in source:
         taught = {"teacher": [(source["teacher"], identity["teacher"])]} if "teacher" in source else {}
-        return {"model": [(source, digests)], **taught}
+        chosen = {"data": [(source["data"], "")]} if "data" in source else {}
+        return {"model": [(source, digests)], **taught, **chosen}
     found = {"models": list(zip(source["models"], digests["models"], strict=True))}
     for role in ("base", "earlier"):
         if source.get(role):
@@ -116,7 +117,8 @@ def values(stage: Mapping[str, Any]) -> dict[str, Any]:
     if "max_shard_size" in identity:  # adapters are one file
         given["max_shard_size"] = f"{identity['max_shard_size']}B"
     if calibration := stage.get("calibration"):
-        given["dataset"] = calibration["dataset"]
+        if "data" not in stage["from"]:
+            given["dataset"] = calibration["dataset"]
         given["num_samples"] = calibration["windows_requested"]
         given["seq_len"] = calibration["seq_len"]
         given["dtype"] = calibration["dtype"]

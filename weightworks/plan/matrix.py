@@ -26,10 +26,12 @@ from weightworks.stage.settings import Settings
 
 RUN_WIDE = ("overwrite", "resume", "strict", "max_memory")  # a whole run's, given on the command line
 ONE, MAYBE, MANY = "one checkpoint", "one checkpoint or none", "checkpoints"
+CHOSEN = "one choice of rows or none"
 ROLES: dict[str, dict[str, str]] = {  # a method may say otherwise by a ROLES of its own; merges see `roles_of`
     "quantize": {"model": ONE},
     "prune": {"model": ONE},
-    "recover": {"model": ONE, "teacher": MAYBE},
+    "recover": {"model": ONE, "teacher": MAYBE, "data": CHOSEN},
+    "select": {"model": ONE, "teacher": MAYBE},
     "score": {"models": MANY, "baseline": MAYBE},
 }
 MOST = 100_000  # stages: more is a slip of the matrix, not a plan
@@ -200,7 +202,7 @@ class Multiplier:
                 near = self.problems.near(role, roles)
                 self.problems.add(item.place, f"{where}: {entry.label} has no input '{role}' ({near})")
         for role, wanted in roles.items():
-            if role not in given and wanted != MAYBE and draft.roles:
+            if role not in given and wanted not in (MAYBE, CHOSEN) and draft.roles:
                 self.problems.add(draft.place, f"{where}: {entry.label} needs '{role}' in 'from'")
         fixed: dict[str, tuple[str, ...]] = {}
         choices: list[tuple[str, list[tuple[str, tuple[Tag, ...]]]]] = []
@@ -212,19 +214,21 @@ class Multiplier:
                 count = len(items) or "none"
                 self.problems.add(item.place, f"{where}: '{role}' of {entry.label} takes {roles[role]}, {count} given")
                 continue
-            outputs = [output for inner in items for output in self._outputs(where, inner)]
+            outputs = [output for inner in items for output in self._outputs(where, inner, roles[role] == CHOSEN)]
+            if roles[role] == CHOSEN and "dataset" in {**draft.given, **draft.matrix}:
+                self.problems.add(item.place, f"{where}: the data set is given by '{role}' and by 'dataset' too")
             if roles[role] == MANY:
                 fixed[role] = tuple(dict.fromkeys(name for name, _ in outputs))
             else:
                 choices.append((role, outputs))
         return [({**fixed, **chosen}, tags) for chosen, tags in joined(choices)]
 
-    def _outputs(self, where: str, item: Item) -> list[tuple[str, tuple[Tag, ...]]]:
-        """Checkpoints and tags that a name stands for: a source, or one or all members of a stage."""
+    def _outputs(self, where: str, item: Item, of_rows: bool) -> list[tuple[str, tuple[Tag, ...]]]:
+        """Checkpoints (or choices ``of_rows``) and tags that a name stands for: a source, or one or all members of a stage."""
         name = item.value
         if not isinstance(name, str):
             return []  # told before
-        if name in self.sources:
+        if name in self.sources and not of_rows:
             return [(name, ())]
         members = self.members.get(base_name(name), [])
         if name != base_name(name):
@@ -235,6 +239,10 @@ class Multiplier:
             members = [self.stages[name]] if name in self.stages else []
         if any(stage.kind == "score" for stage in members):  # scores are no checkpoints
             self.problems.add(item.place, f"{where} reads '{name}', which is a score; a checkpoint is needed")
+            return []
+        if name in self.sources or any((stage.kind == "select") != of_rows for stage in members):
+            wanted = ("a choice of rows", "a checkpoint") if of_rows else ("a checkpoint", "a choice of rows")
+            self.problems.add(item.place, f"{where} reads '{name}', which is {wanted[1]}; {wanted[0]} is needed")
             return []
         return [(stage.name, stage.tags) for stage in members]
 

@@ -28,6 +28,7 @@ from weightworks.engine.tensorwise import run_tensorwise
 from weightworks.engine.trained import check_trainable
 from weightworks.engine.training_costs import estimate_training
 from weightworks.errors import DegradedError, OutputError, ResourceError, WeightworksError
+from weightworks.plan.chosen import chosen_by
 from weightworks.plan.keys import reads_text, trains
 from weightworks.plan.reduce import plan_reduction
 from weightworks.plan.texts import Text, calibrate, check_windows, dtype_of_passes, lessons
@@ -104,7 +105,11 @@ def run_stage(
         check_target(target, overwrite=settings.overwrite)
     device = pick_device(settings.device)
     parts = entry.label, module.VERSION, method, settings, checkpoint, target, progress, device
-    job = plan_reduction(*parts) if hasattr(method, "reduces") else Job(*parts, original)
+    job = (
+        plan_reduction(*parts)
+        if hasattr(method, "reduces")
+        else Job(*parts, original, chosen_by(settings.dataset, called))
+    )
     text: Text | None = None
     if isinstance(job, Job) and trains(method):
         check_trainable(job)
@@ -274,7 +279,9 @@ def worked(
 def calibrated(job: Job | ReduceJob, text: Text, dtype: torch.dtype) -> dict[str, Any]:
     """What the provenance says of the text."""
     name = str(dtype).removeprefix("torch.")
-    return {"calibration": {"dataset": job.settings.dataset, "dtype": name, **text.facts()}}
+    chosen = job.chosen if isinstance(job, Job) else None
+    dataset = job.settings.dataset if chosen is None else chosen["name"]
+    return {"calibration": {"dataset": dataset, "dtype": name, **text.facts()}}
 
 
 def keep_inputs(target: Path, checkpoints: Iterable[Checkpoint]) -> None:

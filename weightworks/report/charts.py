@@ -89,7 +89,7 @@ class Point:
 def quality_chart(points: Sequence[Point], front: Sequence[int], *, ident: str, metric: str, label: str) -> str:
     """Size against quality, every point with its name; those in ``front`` are filled and joined by steps."""
     unit, scale = _size_unit(max(point.size for point in points))
-    with _drawing(690, 380 + 6 * min(len(points), 40)) as (figure, axes):
+    with drawing(690, 380 + 6 * min(len(points), 40)) as (figure, axes):
         xs, ys = [point.size / scale for point in points], [point.value for point in points]
         _axis(axes, "x", xs)
         _axis(axes, "y", ys + [point.value + e for point in points for e in (point.error, -point.error)])
@@ -116,7 +116,7 @@ def quality_chart(points: Sequence[Point], front: Sequence[int], *, ident: str, 
                 zorder=2.9 if point.baseline else 3,
             )
         _label(axes, points, front, scale)
-        return _inline(figure, ident, label)
+        return inlined(figure, ident, label)
 
 
 def _label(axes: Axes, points: Sequence[Point], front: Sequence[int], scale: float) -> None:
@@ -244,7 +244,7 @@ def depth_chart(
 
     ``scale`` holds all errors of the charts that are to be compared; their axes are alike.
     """
-    with _drawing(350, 214, left=54, top=8) as (figure, axes):
+    with drawing(350, 214, left=54, top=8) as (figure, axes):
         from matplotlib.ticker import FuncFormatter, MaxNLocator
 
         for series, line in lines.items():
@@ -267,7 +267,7 @@ def depth_chart(
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.10g}%"))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes.set_xlabel("block")
-        return _inline(figure, ident, label)
+        return inlined(figure, ident, label)
 
 
 def line_style(series: int) -> tuple[str, Any, list[tuple[float, float]]]:
@@ -291,7 +291,7 @@ def swatch(series: int) -> dict[str, str]:
 
 
 @contextmanager
-def _drawing(width: int, height: int, *, left: int = 66, top: int = 16) -> Iterator[tuple[Figure, Axes]]:
+def drawing(width: int, height: int, *, left: int = 66, top: int = 16) -> Iterator[tuple[Figure, Axes]]:
     """A figure of so many pixels with one pair of axes, in the style of the page."""
     from matplotlib import style
     from matplotlib.figure import Figure
@@ -323,7 +323,7 @@ def _axis(axes: Axes, which: str, values: Sequence[float]) -> None:
     (axes.set_xlim if which == "x" else axes.set_ylim)(*limits)
 
 
-def _inline(figure: Figure, ident: str, label: str) -> str:
+def inlined(figure: Figure, ident: str, label: str) -> str:
     """The figure as an SVG element: named for those who do not see it, its ids its own, its colours the page's."""
     out = io.StringIO()
     figure.savefig(out, format="svg", transparent=True, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))

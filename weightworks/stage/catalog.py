@@ -32,6 +32,7 @@ SHELVES = {
     "quantize": "compress.quantize",
     "prune": "compress.prune",
     "recover": "compress.recover",
+    "select": "compress.select",
     "score": "weightworks.score",
     "merge": "merge",
     "adapter": "merge.adapters",

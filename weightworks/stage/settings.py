@@ -32,7 +32,9 @@ class Settings(Options):
         "builtin", description="calibration text: builtin, self, FILE.txt|.jsonl|.parquet, or a hub data set"
     )
     num_samples: int | None = Field(
-        None, ge=1, description="windows of text; default: 128 to calibrate, to train as many as the steps take"
+        None,
+        ge=1,
+        description="windows of text; default: 128 to calibrate, to train as many as the steps take, to select all rows",
     )
     seq_len: int = Field(2048, ge=2, description="tokens a window; capped by the model")
     seed: int = Field(0, ge=0, description="seed of every random choice")

@@ -73,6 +73,11 @@ class Activations:
         """Drop the file of the step before the current one; call it once the current one is journalled."""
         self._path(self._step - 1).unlink(missing_ok=True)
 
+    def drop(self) -> None:
+        """Give up the states, in memory and on disk."""
+        self._memory = None
+        self._path(self._step).unlink(missing_ok=True)
+
     def restore(self, step: int) -> None:
         """Continue from the durable states of ``step``."""
         self._step = step

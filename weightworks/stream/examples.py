@@ -6,9 +6,11 @@ Known are ``messages`` (or ``conversations``) with the tokenizer's chat template
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +44,10 @@ NO_PROMPT, NO_TEMPLATE, REFUSED = (
     "messages, and the tokenizer has no chat template",
     "refused by the chat template",
 )
+NOT_LOOKED_AT = "not among those looked at (--num-samples)"
 
 Part = tuple[str, bool]  # a piece of text, and whether it is learned
+Example = tuple[list[int], list[bool]]  # tokens, and which of them are learned
 
 
 def read_rows(dataset: str) -> list[Any]:
@@ -84,28 +88,109 @@ def load_examples(
     """
     maker = Maker(root, trust_remote_code=trust_remote_code)
     dropped: Counter[str] = Counter()
-    found: list[tuple[list[int], list[bool]]] = []
+    found: list[Example] = []
     for place in torch.randperm(len(rows), generator=keyed(seed, "rows")).tolist():
-        made = maker.example(rows[place])
+        made = maker.usable(rows[place], seq_len)
         if isinstance(made, str):
             dropped[made] += 1
-        elif len(made[0]) > seq_len:
-            dropped[f"longer than {seq_len} tokens"] += 1
-        elif not any(made[1][1:]):
-            dropped[NO_ANSWER] += 1
         else:
             found.append(made)
         if len(found) == count:
             break
-    if len(found) < 2:
-        told = ", ".join(f"{number} {reason}" for reason, number in dropped.most_common())
-        raise CalibrationError(
-            f"{source}: {len(found)} of {len(rows)} rows can be trained on ({told or 'there are no rows'})",
-            hint="rows are objects with messages, instruction and output, prompt and response, or text; or raise --seq-len",
-        )
+    _refuse_few(len(found), len(rows), dropped, source)
     aside = set_aside(len(found), held_out, source)
     rows_, others = Rows.of(found[aside:]), Rows.of(found[:aside])
     return Lessons(rows_, others, source, count, seq_len, seed, dict(sorted(dropped.items())))
+
+
+def _refuse_few(found: int, rows: int, dropped: Counter[str], source: str) -> None:
+    if found < 2:
+        told = ", ".join(f"{number} {reason}" for reason, number in dropped.most_common())
+        raise CalibrationError(
+            f"{source}: {found} of {rows} rows can be trained on ({told or 'there are no rows'})",
+            hint="rows are objects with messages, instruction and output, prompt and response, or text; or raise --seq-len",
+        )
+
+
+@dataclass(frozen=True)
+class Examples:
+    """All rows of a data set that can be trained on, in its order.
+
+    ``rows`` are their tokens, ``given`` int64 [n] how many of those come before the first that is learned (all of them where
+    there are none before), ``prompts`` and ``texts`` what they say without the answers and with them, ``numbers`` their places in
+    the data set; ``left_out`` tells of the others, by place, why they are not among them.
+    """
+
+    rows: Rows
+    given: torch.Tensor
+    prompts: list[str]
+    texts: list[str]
+    numbers: list[int]
+    left_out: Mapping[int, str]
+    source: str
+    digest: str
+
+    @property
+    def tokens(self) -> torch.Tensor:
+        """Tokens that are given and that are learned, int64 [n, 2]."""
+        lengths = self.rows.starts.diff()
+        sums = torch.cat([torch.zeros(1, dtype=torch.int64), self.rows.learned.long().cumsum(0)])
+        learned = sums[self.rows.starts].diff()
+        return torch.stack([lengths - learned, learned], 1)
+
+    @property
+    def dropped(self) -> dict[str, int]:
+        """How many rows were left out, by reason."""
+        return dict(sorted(Counter(self.left_out.values()).items()))
+
+    def told(self) -> str:
+        """The rows in words."""
+        text = f"{len(self.rows)} rows of at most {self.rows.longest} tokens from {self.source}"
+        left = ", ".join(f"{number} {reason}" for reason, number in self.dropped.items())
+        return text + (f"; left out: {left}" if left else "")
+
+
+def all_examples(
+    rows: Sequence[Any],
+    source: str,
+    root: Path,
+    *,
+    seq_len: int,
+    count: int | None,
+    seed: int,
+    trust_remote_code: bool = False,
+) -> Examples:
+    """Every row that can be trained on, of a seeded choice of ``count`` rows if that is given.
+
+    Raises :class:`CalibrationError` with the reasons where hardly any can be used.
+    """
+    looked = list(range(len(rows)))
+    if count is not None and count < len(rows):
+        looked = torch.randperm(len(rows), generator=keyed(seed, "rows"))[:count].sort().values.tolist()
+    left_out = dict.fromkeys(set(range(len(rows))).difference(looked), NOT_LOOKED_AT)
+    maker = Maker(root, trust_remote_code=trust_remote_code)
+    digest, made = hashlib.sha256(), list[Example]()
+    prompts, texts, numbers = list[str](), list[str](), list[int]()
+    for number in looked:
+        digest.update((json.dumps(rows[number], sort_keys=True) + "\n").encode())
+        example = maker.usable(rows[number], seq_len)
+        if isinstance(example, str):
+            left_out[number] = example
+            continue
+        made.append(example)
+        parts = maker.parts(rows[number])
+        assert not isinstance(parts, str)
+        given = "".join(text for text, learned in parts if not learned)
+        texts.append("".join(text for text, _ in parts))
+        prompts.append(given or texts[-1])
+        numbers.append(number)
+    _refuse_few(len(made), len(looked), Counter(left_out[n] for n in looked if n in left_out), source)
+    lengths = [len(tokens) for tokens, _ in made]
+    before = [flags.index(True) for _, flags in made]
+    given_tokens = torch.tensor([first or length for first, length in zip(before, lengths, strict=True)])
+    return Examples(
+        Rows.of(made), given_tokens, prompts, texts, numbers, dict(sorted(left_out.items())), source, digest.hexdigest()
+    )
 
 
 class Maker:
@@ -119,9 +204,9 @@ class Maker:
         self.templates = _has_template(root)
         self._chat: Any = None
 
-    def example(self, row: Any) -> tuple[list[int], list[bool]] | str:
+    def example(self, row: Any) -> Example | str:
         """Tokens of a row with what of them is learned, or why it cannot be used."""
-        parts = self._parts(row)
+        parts = self.parts(row)
         if isinstance(parts, str):
             return parts
         tokens: list[int] = []
@@ -134,7 +219,17 @@ class Maker:
             tokens, learned = [*tokens, self.end], [*learned, True]
         return tokens, learned
 
-    def _parts(self, row: Any) -> list[Part] | str:
+    def usable(self, row: Any, seq_len: int) -> Example | str:
+        """:meth:`example` of at most ``seq_len`` tokens, with something to predict; or why it cannot be used."""
+        made = self.example(row)
+        if isinstance(made, str):
+            return made
+        if len(made[0]) > seq_len:
+            return f"longer than {seq_len} tokens"
+        return made if any(made[1][1:]) else NO_ANSWER
+
+    def parts(self, row: Any) -> list[Part] | str:
+        """The texts a row is made of, each with whether it is learned, or why it cannot be used."""
         if isinstance(row, str):
             return [(row, True)] if row.strip() else NO_ANSWER
         if not isinstance(row, dict):

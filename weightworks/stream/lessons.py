@@ -39,6 +39,12 @@ class Batch:
         """Tokens that are predicted: those learned, but the first of a row."""
         return int((self.labels[:, 1:] != IGNORED).sum())
 
+    def padded(self, length: int) -> Batch:
+        """The same with rows of ``length``."""
+        more = (0, length - self.tokens.shape[1])
+        pad = torch.nn.functional.pad
+        return Batch(pad(self.tokens, more), pad(self.labels, more, value=IGNORED), self.places)
+
     def to(self, device: torch.device) -> Batch:
         return Batch(self.tokens.to(device), self.labels.to(device), self.places)
 

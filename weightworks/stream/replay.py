@@ -225,6 +225,14 @@ def head(skeleton: Skeleton, tokens: torch.Tensor, hidden: torch.Tensor, *, retu
 @torch.no_grad()
 def final_states(skeleton: Skeleton, tokens: torch.Tensor, hidden: torch.Tensor, *, returns_tuple: int) -> torch.Tensor:
     """What the model's head is given [batch, seq, width], from the last block's output: final norms are done."""
+    return tail_and_states(skeleton, tokens, hidden, returns_tuple=returns_tuple)[1]
+
+
+@torch.no_grad()
+def tail_and_states(
+    skeleton: Skeleton, tokens: torch.Tensor, hidden: torch.Tensor, *, returns_tuple: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """:func:`tail` and :func:`final_states` by one pass."""
     seen: list[torch.Tensor] = []
 
     def look(module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -235,10 +243,10 @@ def final_states(skeleton: Skeleton, tokens: torch.Tensor, hidden: torch.Tensor,
         raise ArchitectureError(f"{type(skeleton.model).__name__}: has no head, so final hidden states are not known")
     handle = head.register_forward_pre_hook(look)
     try:
-        tail(skeleton, tokens, hidden, returns_tuple=returns_tuple)
+        logits = tail(skeleton, tokens, hidden, returns_tuple=returns_tuple)
     finally:
         handle.remove()
-    return seen[0]
+    return logits, seen[0]
 
 
 @torch.no_grad()

@@ -67,5 +67,9 @@ def conformance(label: str, *, model: str | Path | None = None) -> list[Check]:
         from weightworks.testing.merge_contract import MERGE
 
         results = MERGE
+    if kind == "select":
+        from weightworks.testing.select_contract import SELECT
+
+        results = SELECT
     looks = [*DECLARATION, *(() if kind == "score" else COMMAND), *results]
     return [Check((look.__doc__ or "").partition("\n")[0].rstrip("."), look, trial) for look in looks]

@@ -112,6 +112,15 @@ def has_one_shape(trial: Trial, folder: Path) -> None:
         missing = [name for name in wanted[trial.reduces] if not callable(getattr(method, name, None))]
         demand(not missing, f"{label}: Method reduces {trial.reduces} and has no {', '.join(missing)}")
         return
+    if trial.entry.kind == "select":
+        demand(callable(getattr(method, "select", None)), f"{label}: Method has no `select`")
+        demand(
+            isinstance(getattr(method, "measures", None), bool), f"{label}: Method.measures is neither True nor False"
+        )
+        demand(
+            callable(getattr(options, "count", None)),
+            f"{label}: Options has no `count`, which makes rows of the budget",
+        )
     if trial.entry.kind in ("quantize", "prune"):
         shapes = (
             ("apply",),
