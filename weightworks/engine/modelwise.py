@@ -116,18 +116,27 @@ class Training:
                 rates = self.method.rates(number, self.rounds[number]["begun"])
                 while step < steps and not self._waited(number):
                     self._put_by(model, number, step)
+                    self._approach(model, number, step)
                     self._step(model, optimizer, number, step, rates[step])
                     step += 1
                     self._look(model, number, step)
                     if step < steps and time.monotonic() - self.saved > max(SAVE_SECONDS, SAVE_SHARE * self.cost):
                         self._save(model, optimizer, number, step)
                 self._put_by(model, number, step)
+                self._approach(model, number, step)
                 self.rounds[number]["steps"] = step
                 self._end(number, model)
                 number, step = number + 1, 0
                 optimizer.restart()
                 self._save(model, optimizer, number, step)
+        self._approach(model, rounds, 0)
         self.job.progress.end()
+
+    def _approach(self, model: Whole, number: int, step: int) -> None:
+        """Let a method that changes what the model multiplies with as it trains do so."""
+        if hasattr(self.method, "approach"):
+            regime = self.regime
+            self.method.approach((number * regime.steps + step) / (regime.rounds * regime.steps), model)
 
     def _begin(self, number: int, model: Whole) -> None:
         before = self.rounds[-1]["held_out_after"] if self.rounds else self._held_out(model)

@@ -77,6 +77,9 @@ class Modelwise(Protocol):
 
     It keeps no state of its own: what must survive an interruption is in the model (``Whole.extra``) or in the facts that
     ``begin`` and ``end`` return, which are JSON-compatible, journalled, and part of the report.
+
+    A method whose layers change as they are trained has ``approach(share, model)``, called before every step and after the
+    last with the share of all steps that is done; it must come to the same from there alone, and from ``Whole.extra``.
     """
 
     options: Options
