@@ -15,6 +15,7 @@ from weightworks.engine.job import Job
 from weightworks.report.progress import Progress
 from weightworks.store.checkpoint import Checkpoint
 from weightworks.store.dense import DenseView
+from weightworks.store.layout import inputs_of
 from weightworks.store.writer import CheckpointWriter, check_finite
 from weightworks.stream.activations import Activations
 from weightworks.stream.calibration import Calibration
@@ -194,7 +195,7 @@ def check_outside(job: Streamed) -> None:
     """Refuse NaN in tensors outside the blocks and in those the model has no place for; the proof reads the others."""
     blocks = (name for index in range(len(job.skeleton.blocks)) for name in job.skeleton.names_of(index))
     inside = {piece.tensor for name in blocks for piece in job.skeleton.pieces[name]}
-    for name in job.checkpoint.tensors:
+    for name in job.view.names:
         if name not in inside:
             check_finite(name, job.view.read(name))
 
@@ -219,6 +220,12 @@ class Written:
             return self.writer.read(name, dtype)
         weight = self.job.format.load(self.writer, self.job.linears[name].base, self.job.scheme).dequantize()
         return weight if dtype is None else weight.to(dtype)
+
+    def inputs(self, name: str) -> Callable[[torch.Tensor], torch.Tensor] | None:
+        """What is done to inputs [..., in] before weight ``name`` multiplies them; None if nothing."""
+        if not self.is_packed(name):
+            return None
+        return inputs_of(self.writer, self.job.linears[name].base, self.job.scheme)
 
     def is_packed(self, name: str) -> bool:
         """Whether ``read`` decodes the tensor."""

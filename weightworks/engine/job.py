@@ -22,19 +22,22 @@ import torch
 
 import weightworks
 from weightworks.errors import CheckpointError, MethodError
-from weightworks.report.card import model_card
+from weightworks.report.card import model_card, trained_adapter_card
 from weightworks.report.progress import Progress
 from weightworks.stage.protocols import Solution, Target
 from weightworks.stage.settings import Settings
-from weightworks.store.adapters import Adapter
+from weightworks.store.adapted import AdaptedCheckpoint
+from weightworks.store.adapters import PREFIX, WEIGHTS, Adapter
 from weightworks.store.checkpoint import FACTORS, MASKS, Checkpoint
 from weightworks.store.dense import DenseView
 from weightworks.store.factors import factor_specs
-from weightworks.store.formats import Format, find_format
+from weightworks.store.formats import find_format
+from weightworks.store.layout import Format
 from weightworks.store.manifest import read_provenance
 from weightworks.store.masks import SUFFIX, Masks, mask_spec, pack_bits
-from weightworks.store.packing import IntScheme, Quantized
+from weightworks.store.packing import Scheme
 from weightworks.store.shards import planned_bytes
+from weightworks.store.smoothed import SmoothedView
 from weightworks.store.tensorfile import TensorSpec
 from weightworks.stream.linears import Linear, block_linears, head_linear
 from weightworks.stream.skeleton import Skeleton, build
@@ -62,13 +65,14 @@ class Job:
     blocks: list[list[Linear]] = field(init=False)
     kept: dict[str, str] = field(init=False, default_factory=dict)  # matrices inside blocks left as they are, and why
     returns_tuple: int = field(init=False, default=0)  # length of the tuple blocks return, once that is proven
-    keeps: Mapping[str, int] = field(init=False, default_factory=dict)  # what surveys found, by tensor
+    found: Mapping[str, Any] = field(init=False, default_factory=dict)  # what surveys found, by tensor
 
     def __post_init__(self) -> None:
-        self.view = DenseView(self.checkpoint)
-        refuse_packed(self.view)
+        self.view: DenseView = DenseView(self.checkpoint)
+        if not self.keeps_adapter:
+            refuse_packed(self.view)
         self.skeleton = build(self.view, trust_remote_code=self.settings.trust_remote_code)
-        dtypes = {name: info.dtype for name, info in self.checkpoint.tensors.items()}
+        dtypes = {spec.name: spec.dtype for spec in self.view.specs}
         self.blocks = []
         for index in range(len(self.skeleton.blocks)):
             linears, others = block_linears(self.skeleton, index, dtypes)
@@ -84,6 +88,11 @@ class Job:
     def options(self) -> Any:
         return self.method.options
 
+    @property
+    def keeps_adapter(self) -> bool:
+        """Whether the output is an adapter, and the model stays as it is."""
+        return bool(getattr(self.method, "keeps_adapter", False))
+
     @cached_property
     def linears(self) -> dict[str, Linear]:
         """All weights to be changed, by checkpoint name."""
@@ -97,7 +106,7 @@ class Job:
     @cached_property
     def outline(self) -> Outline:
         """What there is to train."""
-        dtypes = {name: info.dtype for name, info in self.checkpoint.tensors.items()}
+        dtypes = {spec.name: spec.dtype for spec in self.view.specs}
         return Outline(self.skeleton, self.linears, head_linear(self.skeleton, dtypes))
 
     @cached_property
@@ -110,6 +119,11 @@ class Job:
     def changed(self) -> set[str]:
         """All tensors that are not copied."""
         return self.subset.tensors(self.skeleton) if hasattr(self.method, "subset") else set(self.linears)
+
+    @property
+    def replaced(self) -> set[str]:
+        """Tensors that a smoothing changes though the method does not."""
+        return set(self.view.replaced) if isinstance(self.view, SmoothedView) else set()
 
     def held(self, columns: int) -> int:
         """Bytes of the statistics of an input of so many columns."""
@@ -132,14 +146,14 @@ class Job:
         return hasattr(self.method, "solve") and not hasattr(self.method, "held")
 
     @property
-    def scheme(self) -> IntScheme | None:
+    def scheme(self) -> Scheme | None:
         return self.method.scheme()
 
     @cached_property
     def format(self) -> Format | None:
         """The container of quantized weights; None when dense weights are written."""
         name = getattr(self.options, "format", "dense")
-        return None if self.scheme is None or name == "dense" else find_format(name)
+        return None if self.scheme is None or name == "dense" else find_format(name, self.scheme)
 
     def _ignored(self, *names: str) -> bool:
         return any(matches(pattern, name) for pattern in getattr(self.options, "ignored", ()) for name in names)
@@ -158,8 +172,9 @@ class Job:
             way = f"widths here: {widths}; choose {{}} that divides them{{}}, or --ignore them"
             pruning = hasattr(self.method, "refusal")
             hint = "change what is named there, or --ignore these tensors"
+            named = getattr(self.options, "scheme", None)
             if any("not divisible" in reason for reason in problems.values()):
-                hint = way.format("a --group-size", ", -1 for per channel")
+                hint = way.format("a --scheme" if named else "a --group-size", "" if named else ", -1 for per channel")
             if any("not a multiple" in reason for reason in problems.values()):
                 hint = way.format("a --pattern N:M with an M", "")
             raise MethodError(
@@ -189,8 +204,10 @@ class Job:
 
     @cached_property
     def specs(self) -> list[TensorSpec]:
-        """Every tensor of the output, in the order of the input."""
-        specs = []
+        """Every tensor of the output, in the order of the input; none where it is an adapter, which is a side file."""
+        specs: list[TensorSpec] = []
+        if self.keeps_adapter:
+            return specs
         for spec in self.checkpoint.specs:
             linear = self.linears.get(spec.name)
             if linear is None or self.format is None or self.scheme is None:
@@ -209,6 +226,8 @@ class Job:
             return {
                 FACTORS: [spec for name, one in of for spec in factor_specs(name, one.shape, sizes[name], one.dtype)]
             }
+        if self.keeps_adapter:
+            return {WEIGHTS: self._adapter_specs()}
         if not getattr(self.method, "masks", False):
             if self.masks is None or not hasattr(self.method, "subset"):
                 return {}
@@ -216,6 +235,22 @@ class Job:
                 MASKS: [TensorSpec(name + SUFFIX, info.shape, info.dtype) for name, info in self.masks.infos.items()]
             }
         return {MASKS: [mask_spec(linear.tensor, self._stored_shape(linear)) for linear in self.linears.values()]}
+
+    def _adapter_specs(self) -> list[TensorSpec]:
+        """A and B of every adapted module under PEFT's names, in float32."""
+        specs = []
+        for linear in (self.adaptable[name] for name in self.subset.adapters):
+            rows, columns, rank = *linear.shape, int(self.options.rank)
+            name = f"{PREFIX}{linear.module}.lora"
+            specs.append(TensorSpec(f"{name}_A.weight", (rank, columns), torch.float32))
+            specs.append(TensorSpec(f"{name}_B.weight", (rows, rank), torch.float32))
+        return sorted(specs, key=lambda spec: spec.name)
+
+    @cached_property
+    def adaptable(self) -> dict[str, Linear]:
+        """All weights that may have an adapter, by checkpoint name."""
+        head = self.outline.head
+        return {**self.linears, **({} if head is None else {head.tensor: head})}
 
     def _stored_shape(self, linear: Linear) -> tuple[int, int]:
         """The shape of the dense tensor that the output stands for: a packed weight decodes to [out, in]."""
@@ -238,14 +273,15 @@ class Job:
         first_version = (
             self.format is not None and self.format.name == "gptq"
         )  # it stores zero - 1, so 0 cannot be held
-        place, keep = self.block_of[linear.tensor], self.keeps.get(linear.tensor)
-        return Target(linear.tensor, scale_dtype, int(first_version), place, keep, linear.dtype)
+        place, found = self.block_of[linear.tensor], self.found.get(linear.tensor)
+        keep = found if isinstance(found, int) else None
+        return Target(linear.tensor, scale_dtype, int(first_version), place, keep, linear.dtype, found)
 
     def stored(self, linear: Linear, solution: Solution) -> dict[str, torch.Tensor]:
         """The tensors that will stand for a solved weight, and for its mask."""
         tensors, mask = {}, solution.mask
         if self.format is not None:
-            assert isinstance(solution.weight, Quantized)
+            assert not isinstance(solution.weight, torch.Tensor)
             tensors = self.format.tensors(linear.base, solution.weight)
         else:
             dense = solution.dense().to(linear.dtype)
@@ -262,7 +298,7 @@ class Job:
     def row(self, linear: Linear, solution: Solution) -> dict[str, Any]:
         """The report's line on one weight."""
         row: dict[str, Any] = {"tensor": linear.tensor, "shape": list(linear.shape), "method": self.label}
-        if isinstance(solution.weight, Quantized):
+        if not isinstance(solution.weight, torch.Tensor):
             row["bits"] = solution.weight.scheme.bits
         if solution.mask is not None:
             row["kept"] = int(solution.mask.sum())
@@ -311,7 +347,9 @@ class Job:
 
     def account(self) -> dict[str, Any]:
         """What became of every input tensor: transformed or copied, with the reason a matrix was left as it is."""
-        copied = [name for name in self.checkpoint.tensors if name not in self.changed]
+        if self.keeps_adapter:
+            return {"input": len(self.checkpoint.tensors), "transformed": 0, "copied": 0, "dropped": 0}
+        copied = [name for name in self.checkpoint.tensors if name not in self.changed | self.replaced]
         left = {
             name: self.kept.get(name, "unused by the model")
             for name in copied
@@ -321,6 +359,7 @@ class Job:
             "input": len(self.checkpoint.tensors),
             "transformed": len(self.changed),
             "copied": len(copied),
+            **({"rescaled": len(self.replaced)} if self.replaced else {}),
             "dropped": 0,
             "left_as_they_are": left,
         }
@@ -350,6 +389,8 @@ class Job:
 
     def card(self, provenance: dict[str, Any]) -> str:
         """The model card of the output."""
+        if self.keeps_adapter:
+            return trained_adapter_card(self.checkpoint, self.target.name, provenance)
         return model_card(self.checkpoint, self.target.name, provenance, provenance["checks"]["dequantize"])
 
     def identity(self, **facts: Any) -> dict[str, Any]:
@@ -393,8 +434,22 @@ def refuse_packed(view: DenseView) -> None:
     """Raise :class:`MethodError` for a checkpoint that is quantized."""
     if view.format is not None and view.scheme is not None:
         raise MethodError(
-            f"{view.checkpoint.root}: is already quantized ({view.format.name}, {view.scheme.bits} bits)",
+            f"{view.checkpoint.root}: is already quantized ({view.format.name}, {view.scheme.element})",
             hint="start from the dense checkpoint it was made from",
+        )
+
+
+def refuse_filled(checkpoint: Checkpoint) -> None:
+    """Raise :class:`MethodError` for a pruned model with adapters added to weights that its masks say are pruned."""
+    masks = Masks.of(checkpoint.root) if isinstance(checkpoint, AdaptedCheckpoint) else None
+    if masks is None or not isinstance(checkpoint, AdaptedCheckpoint):
+        return
+    if filled := [name for name in checkpoint.updates or {} if name in masks.infos]:
+        raise MethodError(
+            f"{checkpoint.source}: the zeros of {len(filled)} pruned weights would be filled in: {', '.join(filled[:3])}"
+            f"{', ...' if len(filled) > 3 else ''}; W + BA has none where W has, so the sum is dense",
+            hint="leave the adapter beside the model (PEFT loads both), train one that can be merged "
+            "(compress recover --adapter mask_lora), or prune the sum again (compress prune MODEL+ADAPTER)",
         )
 
 

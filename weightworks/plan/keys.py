@@ -34,7 +34,8 @@ READING = (
     "reduces",
     "regime",
     "select",
-)  # what methods have that look at inputs, at gradients, at rows, or train
+    "renormalises",
+)  # of methods that look at inputs or rows, or train
 CALIBRATION = ("dataset", "num_samples", "seq_len", "dtype")  # settings of methods that look at inputs
 SHARDS = "max_shard_size"
 
@@ -117,7 +118,8 @@ def reads_text(method: Any) -> bool:
     """Whether a method, or a survey it asks for, looks at the inputs that a text makes, trains on it or chooses from it."""
     merges = hasattr(method, "merge")  # their surveys are others
     surveys = method.surveys() if hasattr(method, "surveys") and not merges else ()
-    return shaped_by_text(method) or any(survey.watch is not None for survey in surveys)
+    smooths = getattr(getattr(method, "options", None), "smooth", None) is not None
+    return smooths or shaped_by_text(method) or any(survey.watch is not None for survey in surveys)
 
 
 def shaped_by_text(method: Any) -> bool:
