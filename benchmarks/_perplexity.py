@@ -8,6 +8,7 @@ Needs an environment with transformers and, for packed folders, compressed-tenso
 from __future__ import annotations
 
 import argparse
+import json
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -41,9 +42,19 @@ def perplexity(model: torch.nn.Module, windows: torch.Tensor) -> float:
     return math.exp(total / windows[:, 1:].numel())
 
 
+def loaded(folder: Path) -> torch.nn.Module:
+    """The model in ``folder`` as it computes in float32. What is decoded to bfloat16 whatever is asked for is loaded so."""
+    quantized = json.loads((folder / "config.json").read_text()).get("quantization_config", {})
+    if not quantized.get("format", "").startswith(("mxfp", "nvfp")):
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)  # comes in evaluation mode
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    model(torch.zeros(1, 1, dtype=torch.long))
+    return torch.nn.Module.float(model)
+
+
 def perplexities(folder: Path, texts: Iterable[torch.Tensor]) -> list[float]:
     """The perplexity of the model in ``folder`` on each text's windows."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)  # comes in evaluation mode
+    model = loaded(folder)
     return [perplexity(model, windows) for windows in texts]
 
 

@@ -110,7 +110,9 @@ def main() -> None:
         note("writing folders")
         folders = write_folders(args.model, work)
         note(f"loading {len(folders)} folders with {python}")
-        loaded, versions = load_apart(python, folders, tokens, work)
+        loaded, versions = load_apart(
+            python, {name: (path, {"dequantize": no}) for name, (path, no) in folders.items()}, tokens, work
+        )
         differences = {
             name: found.difference(stored_logits(copy, folders[name][0], tokens))
             for name, found in loaded.items()

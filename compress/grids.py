@@ -8,15 +8,40 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
-from weightworks.store.packing import IntScheme
+from weightworks.store.packing import Encoded, IntScheme, Quantized, Scheme
 
 TINY = 1e-7  # stands in for the scale of an all-zero group; every code of it is the zero point
 CLIP_STEPS = 100  # candidates are 1, 0.99, ... of the full range, down to CLIP_FLOOR (grid of the GPTQ repository)
 CLIP_FLOOR = 0.2
 FITTED = 1 << 22  # weights fitted at a time: what is computed on the way stays small
+
+
+class AnyGrid(Protocol):
+    """What weights are rounded to: codes on a scale, and perhaps a zero point, that a group of them shares."""
+
+    @property
+    def scheme(self) -> Scheme: ...
+
+    def fit(self, weight: torch.Tensor, importance: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scale and zero point (float32, same leading shape) of groups ``weight`` [..., group].
+
+        ``importance`` (broadcastable to a row of ``weight``) weighs squared errors, such as diag(H).
+        """
+
+    def snap(self, weight: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Codes of ``weight``, and the weights they mean, a float32 tensor of its own."""
+
+    def codes(self, groups: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
+        """Codes uint8 [out, in] of ``groups`` [out, groups, group], each rounded on its own."""
+
+    def encoded(
+        self, codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, group_index: torch.Tensor | None = None
+    ) -> Encoded:
+        """The weight of ``codes`` uint8 [out, in] on fitted grids [out, groups]; ``group_index`` as in :class:`Quantized`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +114,11 @@ class Grid:
         small = scale.abs() < smallest
         return torch.where(small, smallest, scale).to(self.scale_dtype).float()
 
+    def snap(self, weight: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Codes of ``weight``, as float32 integers, and the weights they mean, a tensor of its own."""
+        codes = self.round(weight, scale, zero)
+        return codes, (codes - zero).mul_(scale)
+
     def round(self, weight: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
         """Codes of ``weight``, as float32 integers."""
         return torch.round(weight / scale).add_(zero).clamp_(0, (1 << self.scheme.bits) - 1)
@@ -111,6 +141,12 @@ class Grid:
         ):
             part.copy_(self.round(w, s, z))
         return codes.flatten(1)
+
+    def encoded(
+        self, codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, group_index: torch.Tensor | None = None
+    ) -> Quantized:
+        """The weight of ``codes`` uint8 [out, in] on fitted grids [out, groups]."""
+        return Quantized(self.scheme, codes, scale.to(self.scale_dtype), zero.byte(), group_index)
 
 
 def grouped(weight: torch.Tensor, group_size: int) -> torch.Tensor:

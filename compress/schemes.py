@@ -1,13 +1,20 @@
-"""The options every integer quantizer shares, and the presets that stand for several of them."""
+"""The options quantizers share, and the presets that stand for several of them: integers, and hardware formats."""
 
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal
+from dataclasses import replace
+from typing import Annotated, Any, Literal, Self
 
+import torch
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
+from compress.floatgrid import FloatGrid
+from compress.grids import AnyGrid, Grid
 from weightworks.options import Options
+from weightworks.stage.protocols import Target
+from weightworks.store.floats import FloatScheme, tensor_scale
+from weightworks.store.inputs import InputScheme
 from weightworks.store.packing import IntScheme
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -16,6 +23,29 @@ PRESETS: dict[str, dict[str, Any]] = {
     "W8A16": {"bits": 8, "group_size": -1, "sym": True},
     "W3A16": {"bits": 3, "group_size": 64, "sym": True},
     "W2A16": {"bits": 2, "group_size": 32, "sym": True},
+}
+FP8 = FloatScheme("E4M3", -1, inputs=InputScheme("E4M3"))
+MXFP8 = FloatScheme("E4M3", 32, "E8M0")
+MXFP4 = FloatScheme("E2M1", 32, "E8M0")
+NVFP4 = FloatScheme("E2M1", 16, "E4M3")
+HARDWARE: dict[str, IntScheme | FloatScheme] = {  # llm-compressor's names; its FP8 has one scale a tensor, found before
+    "W8A8": IntScheme(8, -1, True, inputs=InputScheme("INT8")),
+    "FP8": FP8,
+    "FP8_DYNAMIC": FP8,
+    "FP8_BLOCK": FloatScheme("E4M3", 128, rows=128, inputs=InputScheme("E4M3", 128)),
+    "MXFP8": replace(MXFP8, inputs=InputScheme("E4M3", 32, "E8M0")),
+    "MXFP8A16": MXFP8,
+    "MXFP4": replace(MXFP4, inputs=InputScheme("E2M1", 32, "E8M0")),
+    "MXFP4A16": MXFP4,
+    "NVFP4": replace(NVFP4, inputs=InputScheme("E2M1", 16, "E4M3")),
+    "NVFP4A16": NVFP4,
+}
+AnyName = Literal[
+    "W4A16", "W4A16_ASYM", "W8A16", "W3A16", "W2A16",
+    "W8A8", "FP8", "FP8_DYNAMIC", "FP8_BLOCK", "MXFP8", "MXFP8A16", "MXFP4", "MXFP4A16", "NVFP4", "NVFP4A16",
+]  # fmt: skip
+PRESETS |= {
+    name: {"bits": scheme.bits, "group_size": scheme.group_size, "sym": True} for name, scheme in HARDWARE.items()
 }
 # The head and routers: a wrong token or a wrong expert costs more than the bytes they take.
 ALWAYS_IGNORED = ("lm_head", "*.gate", "*.router", "*.shared_expert_gate")
@@ -84,3 +114,47 @@ class IntegerOptions(Options):
 
     def int_scheme(self, *, reordered: bool = False) -> IntScheme:
         return IntScheme(self.bits, self.group_size, self.sym, reordered)
+
+
+class GridOptions(IntegerOptions):
+    """Options of quantizers that round to hardware formats too."""
+
+    scheme: AnyName | None = Field(  # type: ignore[assignment]  # more names than for integers alone
+        None, description="preset for bits, group size and symmetry, or a hardware format"
+    )
+
+    smooth: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="SmoothQuant before formats that round inputs: share of the size of input channels that norms hand on "
+        "to weights; 0.5 is usual",
+    )
+
+    @model_validator(mode="after")
+    def _useful(self) -> Self:
+        if self.smooth is not None and self.any_scheme().inputs is None:
+            raise ValueError("smooth helps where inputs are rounded: use it with scheme W8A8, FP8, MXFP8 or the like")
+        if self.clip == "on" and self.scheme in HARDWARE and self.bits == 8:
+            raise ValueError(f"clip = on is of no use with scheme {self.scheme}: 8 bits have room for every range")
+        if self.format.startswith("gptq") and self.scheme in HARDWARE:
+            raise ValueError(f"format {self.format} cannot hold scheme {self.scheme}; use compressed-tensors or dense")
+        return self
+
+    def any_scheme(self, *, reordered: bool = False) -> IntScheme | FloatScheme:
+        """How weights are quantized."""
+        return HARDWARE.get(self.scheme or "") or self.int_scheme(reordered=reordered)
+
+    def grid(self, scheme: IntScheme | FloatScheme, target: Target, top: torch.Tensor, inputs: torch.Tensor) -> AnyGrid:
+        """The grid of weights whose largest magnitude is ``top`` and whose inputs' is ``inputs``, both 0-dimensional."""
+        if isinstance(scheme, IntScheme):
+            signed = scheme.inputs is None  # engines with integer products may take scales for positive
+            return Grid(scheme, target.scale_dtype, target.min_zero, signed=signed, clip=self.clips)
+        local = scheme.scales == "E4M3"
+        return FloatGrid(
+            scheme,
+            target.scale_dtype,
+            tensor_scale(top) if local else None,
+            tensor_scale(inputs) if local and scheme.inputs is not None else None,
+            clip=self.clips,
+        )

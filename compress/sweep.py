@@ -12,7 +12,7 @@ from typing import Protocol
 
 import torch
 
-from compress.grids import Grid
+from compress.grids import AnyGrid
 
 BLOCK = 128  # columns swept before the rest is updated by one matrix product (GPTQ, section 3.3, step 2)
 COLD = 64  # inputs seen, below which H says nothing worth compensating for (experts that no token reached)
@@ -72,7 +72,7 @@ class Rounding:
 
     def __init__(
         self,
-        grid: Grid,
+        grid: AnyGrid,
         index: Sequence[int],
         scale: torch.Tensor,
         zero: torch.Tensor,
@@ -90,9 +90,8 @@ class Rounding:
         if self.importance is not None and j % self.group == 0:
             fitted = self.grid.fit(rest[: self.group].T, self.importance[j : j + self.group])
             self.scale[g], self.zero[g] = fitted
-        code = self.grid.round(rest[0], self.scale[g], self.zero[g])
-        self.codes[j] = code
-        return code.sub_(self.zero[g]).mul_(self.scale[g])
+        self.codes[j], value = self.grid.snap(rest[0], self.scale[g], self.zero[g])
+        return value
 
 
 def output_energy(weight: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:

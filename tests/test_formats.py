@@ -16,7 +16,8 @@ from conftest import CheckpointMaker
 from weightworks.errors import CheckpointError, MethodError, UsageError
 from weightworks.store.checkpoint import Checkpoint
 from weightworks.store.dense import DenseView
-from weightworks.store.formats import FORMATS, Format, find_format, packed_scheme
+from weightworks.store.formats import FORMATS, find_format, packed_scheme
+from weightworks.store.layout import Format
 from weightworks.store.packing import IntScheme, Quantized
 
 BASE = "model.layers.0.mlp.up_proj"

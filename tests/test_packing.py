@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from weightworks.store.checkpoint import Checkpoint
 from weightworks.store.dense import DenseView
-from weightworks.store.formats import FORMATS, CompressedTensors
+from weightworks.store.formats import FORMATS
 from weightworks.store.packing import (
     IntScheme,
     Quantized,
@@ -98,7 +98,7 @@ def test_golden_words(bits: int) -> None:
 def test_golden_zero_points() -> None:
     zero = (torch.arange(-8, 0) + 8).to(torch.uint8).unsqueeze(1)  # signed -8 .. -1 over 8 output rows
     weight = Quantized(IntScheme(4, 32, False), torch.zeros(8, 32, dtype=torch.uint8), torch.ones(8, 1), zero)
-    assert CompressedTensors().tensors("a", weight)["a.weight_zero_point"].tolist() == [signed("76543210")]
+    assert FORMATS["compressed-tensors"].tensors("a", weight)["a.weight_zero_point"].tolist() == [signed("76543210")]
 
 
 def test_dequantize_follows_the_formula_word_for_word() -> None:

@@ -38,7 +38,9 @@ CALIBRATED: dict[str, dict[str, Any]] = {
     "calibrated": {"group_size": 64},
     "calibrated-g_idx": {"group_size": 64, "act_order": "dynamic", "format": "gptq_v2"},
 }
-EVERY = {**ROUNDED, **CALIBRATED}
+HARDWARE = ("W8A8", "FP8", "FP8_BLOCK", "MXFP8", "MXFP4", "MXFP4A16", "NVFP4", "NVFP4A16")
+CALIBRATED["calibrated-NVFP4"] = {"scheme": "NVFP4"}
+EVERY = {**ROUNDED, **CALIBRATED, **{name: {"scheme": name} for name in HARDWARE}}
 PACKED = [name for name, options in EVERY.items() if options.get("format", "").startswith("gptq")]
 STOCK = [name for name in EVERY if name not in PACKED]
 READER = os.environ.get("GPTQ_PYTHON")  # an interpreter with optimum and gptqmodel: see benchmarks/README.md
@@ -70,12 +72,13 @@ def differences(
     tokens = torch.randint(2048, (2, 64), generator=torch.Generator().manual_seed(0))
     copy, found = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32), {}
     for python, names in ((sys.executable, STOCK), (READER or sys.executable, [] if NEEDED else PACKED)):
-        asked = {name: (folders[name][0], folders[name][1]["checks"]["dequantize"]) for name in names}
+        asked = {name: (folders[name][0], folders[name][1]["checks"]) for name in names}
         if not asked:
             continue
         loaded, _ = load_apart(python, asked, tokens, tmp_path_factory.mktemp("logits"))
-        for name, (folder, dequantize) in asked.items():
-            found[name] = loaded[name].difference(stored_logits(copy, folder, tokens, dequantize=dequantize))
+        for name, (folder, checks) in asked.items():
+            expected = stored_logits(copy, folder, tokens, dequantize=checks["dequantize"])
+            found[name] = loaded[name].difference(expected)
     return found
 
 

@@ -7,24 +7,26 @@ W [out, in] is a weight, X [tokens, in] its inputs, H = (2/n) X'X, L the lower C
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from compress.grids import Grid, grouped
+from compress import ranges
+from compress.grids import AnyGrid, grouped
 from compress.hessian import Factor, Hessian, factor
-from compress.schemes import IntegerOptions
+from compress.schemes import HARDWARE, GridOptions
 from compress.sweep import COLD, Rounding, block_size, output_energy, relative_loss, sweep
 from weightworks.stage.protocols import Solution, Target
-from weightworks.store.packing import IntScheme, Quantized
+from weightworks.store.floats import FloatScheme
+from weightworks.store.packing import Encoded, IntScheme
 
 PAPER = "Frantar et al. 2022, arXiv:2210.17323"
 VERSION = 1
 SWEPT = 1 << 23  # weights swept at a time: rows are independent, and a block of this many rows stays in the cache
 
 
-class Options(IntegerOptions):
+class Options(GridOptions):
     """GPTQ's options."""
 
     act_order: Literal["static", "none", "dynamic"] = Field(
@@ -34,10 +36,34 @@ class Options(IntegerOptions):
     )
     damp_percent: float = Field(0.01, gt=0, le=1, description="share of the mean of diag(H) added to the diagonal")
 
+    @model_validator(mode="after")
+    def _orderly(self) -> Self:
+        if self.act_order == "dynamic" and self.scheme in HARDWARE:
+            raise ValueError(f"scheme {self.scheme} keeps groups of neighbours: act_order must be static or none")
+        return self
+
+
+class Seen(Hessian):
+    """H of the inputs, and how large these are."""
+
+    def __init__(self, columns: int, device: torch.device | str = "cpu") -> None:
+        super().__init__(columns, device)
+        self.largest = ranges.Largest(columns, torch.device(device))
+
+    def add(self, inputs: torch.Tensor) -> None:
+        super().add(inputs)
+        self.largest.add(inputs)
+
 
 def quantize(
-    weight: torch.Tensor, hessian: torch.Tensor, grid: Grid, *, reorder: bool, static_groups: bool, damp_percent: float
-) -> tuple[Quantized, torch.Tensor, Factor]:
+    weight: torch.Tensor,
+    hessian: torch.Tensor,
+    grid: AnyGrid,
+    *,
+    reorder: bool,
+    static_groups: bool,
+    damp_percent: float,
+) -> tuple[Encoded, torch.Tensor, Factor]:
     """Quantize float32 ``weight`` [out, in] against ``hessian`` [in, in]; both are used up.
 
     ``reorder`` sweeps columns by falling diag(H). With ``static_groups`` a group is ``group_size`` neighbours and its
@@ -64,10 +90,10 @@ def quantize(
     found = factor(hessian, order, damp_percent=damp_percent)
     if found.lower is None:
         codes = grid.codes(grouped(weight, size), scale, zero)
-        rounded = Quantized(scheme, codes, scale.to(grid.scale_dtype), zero.byte())
-        return rounded, torch.zeros(weight.shape[0]), found
+        return grid.encoded(codes, scale, zero), torch.zeros(weight.shape[0]), found
     codes, loss = torch.empty(weight.shape, dtype=torch.uint8), torch.empty(weight.shape[0])
-    height, groups = max(1, SWEPT // columns), index.tolist()
+    rows_together = scheme.rows if isinstance(scheme, FloatScheme) else 1
+    height, groups = max(1, SWEPT // columns // rows_together) * rows_together, index.tolist()
     for start in range(0, weight.shape[0], height):
         rows = slice(start, start + height)
         grids = scale[rows].T.contiguous(), zero[rows].T.contiguous()  # [groups, rows]
@@ -75,7 +101,7 @@ def quantize(
         loss[rows] = sweep(weight[rows].T[order], found.lower, rule, block=block_size(rule.group))
         codes[rows, order], scale[rows], zero[rows] = rule.codes.T, rule.scale.T, rule.zero.T
     moved = torch.empty_like(place).scatter_(0, order, place).int() if reorder and fits else None
-    return Quantized(scheme, codes, scale.to(grid.scale_dtype), zero.byte(), moved), loss, found
+    return grid.encoded(codes, scale, zero, moved), loss, found
 
 
 class Method:
@@ -84,16 +110,19 @@ class Method:
     def __init__(self, options: Options) -> None:
         self.options = options
 
-    def scheme(self) -> IntScheme:
-        return self.options.int_scheme(reordered=self.options.act_order == "dynamic")
+    def scheme(self) -> IntScheme | FloatScheme:
+        return self.options.any_scheme(reordered=self.options.act_order == "dynamic")
 
     def watch(self, columns: int, device: torch.device) -> Hessian:
-        return Hessian(columns, device)
+        return (Seen if ranges.needed(self.scheme()) else Hessian)(columns, device)
 
     def solve(self, weights: list[torch.Tensor], statistics: Hessian, targets: Sequence[Target]) -> list[Solution]:
-        options = self.options
-        grid = Grid(self.scheme(), targets[0].scale_dtype, targets[0].min_zero, signed=True, clip=options.clips)
+        options, scheme = self.options, self.scheme()
+        inputs = statistics.largest.value if isinstance(statistics, Seen) else torch.zeros(())
         heights = [weight.shape[0] for weight in weights]
+        if isinstance(scheme, FloatScheme) and scheme.rows > 1:  # no band of rows reaches into the next weight
+            weights[:] = [torch.nn.functional.pad(one, (0, 0, 0, -len(one) % scheme.rows)) for one in weights]
+        padded = [weight.shape[0] for weight in weights]
         tokens, dropped, columns, device = statistics.tokens, statistics.dropped, weights[0].shape[1], weights[0].device
         fallbacks = [f"{dropped} inputs were not finite and left out"] if dropped else []
         if tokens < COLD:
@@ -102,8 +131,11 @@ class Method:
             statistics.matrix.diagonal().fill_(1)
         hessian = statistics.finish()
         dead = int((hessian.diagonal() == 0).sum())
+        if ranges.needed(scheme) and scheme.inputs is not None and not float(inputs):
+            fallbacks.append(ranges.UNSEEN)
         stacked = torch.cat(weights) if len(weights) > 1 else weights[0]  # rows are independent: one factor, one sweep
         weights.clear()
+        grid = options.grid(scheme, targets[0], stacked.abs().max(), inputs)
         energy = output_energy(stacked, hessian)
         quantized, loss, found = quantize(
             stacked,
@@ -121,12 +153,6 @@ class Method:
         return [
             Solution(part, {**facts, "relative_error": relative_loss(error, total)}, list(fallbacks))
             for part, error, total in zip(
-                split(quantized, heights), loss.split(heights), energy.split(heights), strict=True
+                quantized.split(heights), loss.split(padded), energy.split(padded), strict=True
             )
         ]
-
-
-def split(weight: Quantized, heights: Sequence[int]) -> list[Quantized]:
-    """The stacked result as one weight each."""
-    parts = zip(weight.codes.split(heights), weight.scale.split(heights), weight.zero.split(heights), strict=True)
-    return [Quantized(weight.scheme, *part, weight.group_index) for part in parts]

@@ -1,19 +1,25 @@
-"""Round to nearest: each weight to the nearest point of its group's grid, with no calibration."""
+"""Round to nearest: each weight to the nearest point of its group's grid, with no calibration.
+
+Only formats that round inputs under a scale of the layer (NVFP4) take a text, to find how large these are.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
-from compress.grids import Grid, grouped
-from compress.schemes import IntegerOptions
-from weightworks.stage.protocols import Solution, Target
-from weightworks.store.packing import IntScheme, Quantized
+from compress import ranges
+from compress.grids import grouped
+from compress.schemes import GridOptions
+from weightworks.stage.protocols import Solution, Survey, Target
+from weightworks.store.packing import Scheme
 
 PAPER = "the baseline of every paper; clipping search as in the GPTQ repository (IST-DASLab/gptq)"
 VERSION = 1
 
 
-class Options(IntegerOptions):
+class Options(GridOptions):
     """Options of rounding to nearest."""
 
 
@@ -23,14 +29,22 @@ class Method:
     def __init__(self, options: Options) -> None:
         self.options = options
 
-    def scheme(self) -> IntScheme:
-        return self.options.int_scheme()
+    def scheme(self) -> Scheme:
+        return self.options.any_scheme()
+
+    def surveys(self) -> Sequence[Survey]:
+        """The ranges of tensors, where a format has a scale for each."""
+        return [ranges.survey(self.scheme())] if ranges.needed(self.scheme()) else []
 
     def apply(self, weight: torch.Tensor, target: Target) -> Solution:
-        grid = Grid(self.scheme(), target.scale_dtype, target.min_zero, signed=True, clip=self.options.clips)
+        top, inputs, fallbacks = weight.abs().max(), torch.zeros(()), []
+        if target.found is not None:
+            top, inputs = (torch.tensor(target.found[key]) for key in ("weight", "inputs"))
+        grid = self.options.grid(self.options.any_scheme(), target, top, inputs)
         groups = grouped(weight, self.options.group_size)  # [out, groups, group]
         scale, zero = grid.fit(groups)
-        codes = grid.codes(groups, scale, zero)
-        quantized = Quantized(self.scheme(), codes, scale.to(target.scale_dtype), zero.byte())
+        quantized = grid.encoded(grid.codes(groups, scale, zero), scale, zero)
         error = (quantized.dequantize() - weight).square().sum() / weight.square().sum().clamp(min=1e-30)
-        return Solution(quantized, {"relative_weight_error": float(error)})
+        if ranges.needed(grid.scheme) and grid.scheme.inputs is not None and not float(inputs):
+            fallbacks.append(ranges.UNSEEN)
+        return Solution(quantized, {"relative_weight_error": float(error)}, fallbacks)

@@ -15,6 +15,7 @@ from weightworks.engine.job import Job
 from weightworks.report.progress import Progress
 from weightworks.store.checkpoint import Checkpoint
 from weightworks.store.dense import DenseView
+from weightworks.store.layout import inputs_of
 from weightworks.store.writer import CheckpointWriter, check_finite
 from weightworks.stream.activations import Activations
 from weightworks.stream.calibration import Calibration
@@ -219,6 +220,12 @@ class Written:
             return self.writer.read(name, dtype)
         weight = self.job.format.load(self.writer, self.job.linears[name].base, self.job.scheme).dequantize()
         return weight if dtype is None else weight.to(dtype)
+
+    def inputs(self, name: str) -> Callable[[torch.Tensor], torch.Tensor] | None:
+        """What is done to inputs [..., in] before weight ``name`` multiplies them; None if nothing."""
+        if not self.is_packed(name):
+            return None
+        return inputs_of(self.writer, self.job.linears[name].base, self.job.scheme)
 
     def is_packed(self, name: str) -> bool:
         """Whether ``read`` decodes the tensor."""

@@ -22,7 +22,7 @@ from weightworks.stage.settings import Settings
 from weightworks.store.adapted import fitted, place
 from weightworks.store.adapters import Adapter
 from weightworks.store.checkpoint import Checkpoint
-from weightworks.store.formats import Format
+from weightworks.store.layout import Format
 
 SMALL = 1 << 30  # rows times ranks squared
 

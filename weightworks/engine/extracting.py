@@ -26,7 +26,7 @@ from weightworks.stage.settings import Settings
 from weightworks.store.adapters import PREFIX
 from weightworks.store.checkpoint import Checkpoint
 from weightworks.store.dense import DenseView
-from weightworks.store.formats import Format
+from weightworks.store.layout import Format
 from weightworks.stream.skeleton import build, is_transposed
 
 SMALL = 1 << 20  # elements of a matrix

@@ -17,7 +17,7 @@ from weightworks.stage.settings import Settings
 from weightworks.store.checkpoint import INDEX, Checkpoint
 from weightworks.store.dense import DenseView
 from weightworks.store.factors import check_factors
-from weightworks.store.formats import Format
+from weightworks.store.layout import Format
 from weightworks.store.manifest import PROVENANCE
 from weightworks.store.masks import check_masks
 from weightworks.store.sidecars import copy_sidecars
@@ -90,7 +90,9 @@ def copy_rest(job: Job, writer: CheckpointWriter) -> None:
     if "copied" in writer.steps:
         return
     for name in job.checkpoint.tensors:
-        if name not in job.changed:
+        if name in job.replaced:
+            writer.put(name, job.view.read(name))
+        elif name not in job.changed:
             writer.copy_from(job.checkpoint, name)
     writer.done("copied")
 
@@ -219,6 +221,8 @@ def verify(
             trust_remote_code=job.settings.trust_remote_code,
         )
         checks["dequantize"] = loaded.dequantize
+        if loaded.dtype is not None:
+            checks["dtype"] = str(loaded.dtype).removeprefix("torch.")
         checks["loader"] = "stock transformers" + (", dequantize=True" if loaded.dequantize else "")
         checks["perplexity_reloaded"] = perplexity(loaded.losses)
         if loaded.rounds:

@@ -31,11 +31,13 @@ from weightworks.store.adapters import PREFIX, WEIGHTS, Adapter
 from weightworks.store.checkpoint import FACTORS, MASKS, Checkpoint
 from weightworks.store.dense import DenseView
 from weightworks.store.factors import factor_specs
-from weightworks.store.formats import Format, find_format
+from weightworks.store.formats import find_format
+from weightworks.store.layout import Format
 from weightworks.store.manifest import read_provenance
 from weightworks.store.masks import SUFFIX, Masks, mask_spec, pack_bits
-from weightworks.store.packing import IntScheme, Quantized
+from weightworks.store.packing import Scheme
 from weightworks.store.shards import planned_bytes
+from weightworks.store.smoothed import SmoothedView
 from weightworks.store.tensorfile import TensorSpec
 from weightworks.stream.linears import Linear, block_linears, head_linear
 from weightworks.stream.skeleton import Skeleton, build
@@ -63,10 +65,10 @@ class Job:
     blocks: list[list[Linear]] = field(init=False)
     kept: dict[str, str] = field(init=False, default_factory=dict)  # matrices inside blocks left as they are, and why
     returns_tuple: int = field(init=False, default=0)  # length of the tuple blocks return, once that is proven
-    keeps: Mapping[str, int] = field(init=False, default_factory=dict)  # what surveys found, by tensor
+    found: Mapping[str, Any] = field(init=False, default_factory=dict)  # what surveys found, by tensor
 
     def __post_init__(self) -> None:
-        self.view = DenseView(self.checkpoint)
+        self.view: DenseView = DenseView(self.checkpoint)
         if not self.keeps_adapter:
             refuse_packed(self.view)
         self.skeleton = build(self.view, trust_remote_code=self.settings.trust_remote_code)
@@ -118,6 +120,11 @@ class Job:
         """All tensors that are not copied."""
         return self.subset.tensors(self.skeleton) if hasattr(self.method, "subset") else set(self.linears)
 
+    @property
+    def replaced(self) -> set[str]:
+        """Tensors that a smoothing changes though the method does not."""
+        return set(self.view.replaced) if isinstance(self.view, SmoothedView) else set()
+
     def held(self, columns: int) -> int:
         """Bytes of the statistics of an input of so many columns."""
         if self.second_moments:
@@ -139,14 +146,14 @@ class Job:
         return hasattr(self.method, "solve") and not hasattr(self.method, "held")
 
     @property
-    def scheme(self) -> IntScheme | None:
+    def scheme(self) -> Scheme | None:
         return self.method.scheme()
 
     @cached_property
     def format(self) -> Format | None:
         """The container of quantized weights; None when dense weights are written."""
         name = getattr(self.options, "format", "dense")
-        return None if self.scheme is None or name == "dense" else find_format(name)
+        return None if self.scheme is None or name == "dense" else find_format(name, self.scheme)
 
     def _ignored(self, *names: str) -> bool:
         return any(matches(pattern, name) for pattern in getattr(self.options, "ignored", ()) for name in names)
@@ -165,8 +172,9 @@ class Job:
             way = f"widths here: {widths}; choose {{}} that divides them{{}}, or --ignore them"
             pruning = hasattr(self.method, "refusal")
             hint = "change what is named there, or --ignore these tensors"
+            named = getattr(self.options, "scheme", None)
             if any("not divisible" in reason for reason in problems.values()):
-                hint = way.format("a --group-size", ", -1 for per channel")
+                hint = way.format("a --scheme" if named else "a --group-size", "" if named else ", -1 for per channel")
             if any("not a multiple" in reason for reason in problems.values()):
                 hint = way.format("a --pattern N:M with an M", "")
             raise MethodError(
@@ -265,14 +273,15 @@ class Job:
         first_version = (
             self.format is not None and self.format.name == "gptq"
         )  # it stores zero - 1, so 0 cannot be held
-        place, keep = self.block_of[linear.tensor], self.keeps.get(linear.tensor)
-        return Target(linear.tensor, scale_dtype, int(first_version), place, keep, linear.dtype)
+        place, found = self.block_of[linear.tensor], self.found.get(linear.tensor)
+        keep = found if isinstance(found, int) else None
+        return Target(linear.tensor, scale_dtype, int(first_version), place, keep, linear.dtype, found)
 
     def stored(self, linear: Linear, solution: Solution) -> dict[str, torch.Tensor]:
         """The tensors that will stand for a solved weight, and for its mask."""
         tensors, mask = {}, solution.mask
         if self.format is not None:
-            assert isinstance(solution.weight, Quantized)
+            assert not isinstance(solution.weight, torch.Tensor)
             tensors = self.format.tensors(linear.base, solution.weight)
         else:
             dense = solution.dense().to(linear.dtype)
@@ -289,7 +298,7 @@ class Job:
     def row(self, linear: Linear, solution: Solution) -> dict[str, Any]:
         """The report's line on one weight."""
         row: dict[str, Any] = {"tensor": linear.tensor, "shape": list(linear.shape), "method": self.label}
-        if isinstance(solution.weight, Quantized):
+        if not isinstance(solution.weight, torch.Tensor):
             row["bits"] = solution.weight.scheme.bits
         if solution.mask is not None:
             row["kept"] = int(solution.mask.sum())
@@ -340,7 +349,7 @@ class Job:
         """What became of every input tensor: transformed or copied, with the reason a matrix was left as it is."""
         if self.keeps_adapter:
             return {"input": len(self.checkpoint.tensors), "transformed": 0, "copied": 0, "dropped": 0}
-        copied = [name for name in self.checkpoint.tensors if name not in self.changed]
+        copied = [name for name in self.checkpoint.tensors if name not in self.changed | self.replaced]
         left = {
             name: self.kept.get(name, "unused by the model")
             for name in copied
@@ -350,6 +359,7 @@ class Job:
             "input": len(self.checkpoint.tensors),
             "transformed": len(self.changed),
             "copied": len(copied),
+            **({"rescaled": len(self.replaced)} if self.replaced else {}),
             "dropped": 0,
             "left_as_they_are": left,
         }
@@ -424,7 +434,7 @@ def refuse_packed(view: DenseView) -> None:
     """Raise :class:`MethodError` for a checkpoint that is quantized."""
     if view.format is not None and view.scheme is not None:
         raise MethodError(
-            f"{view.checkpoint.root}: is already quantized ({view.format.name}, {view.scheme.bits} bits)",
+            f"{view.checkpoint.root}: is already quantized ({view.format.name}, {view.scheme.element})",
             hint="start from the dense checkpoint it was made from",
         )
 

@@ -27,7 +27,7 @@ from weightworks.stage.settings import Settings
 from weightworks.store import tokenizerfile
 from weightworks.store.checkpoint import MASKS, Checkpoint
 from weightworks.store.dense import DenseView
-from weightworks.store.formats import Format
+from weightworks.store.layout import Format
 from weightworks.store.shards import planned_bytes
 from weightworks.store.statistics import Statistics
 from weightworks.store.tensorfile import TensorSpec

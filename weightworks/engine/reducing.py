@@ -23,7 +23,7 @@ from weightworks.report.progress import Progress
 from weightworks.stage.settings import Settings
 from weightworks.store.checkpoint import Checkpoint
 from weightworks.store.dense import DenseView
-from weightworks.store.formats import Format
+from weightworks.store.layout import Format
 from weightworks.store.reduced import Cut, ReducedView, Restored
 from weightworks.store.shards import planned_bytes
 from weightworks.store.tensorfile import TensorSpec

@@ -56,7 +56,7 @@ def run_surveys(
                 figures = walk.run(partial(_block, job, walk, survey, found))
             writer.done(f"survey {number}", {"found": survey.conclude(figures, found)})
         found = writer.steps[f"survey {number}"]["found"]
-    job.keeps = found or {}
+    job.found = found or {}
 
 
 def _tensors(job: Job, survey: Survey, found: Any) -> Iterator[Any]:

@@ -123,6 +123,7 @@ def _described(job: Job) -> str:
         "settings": job.settings.model_dump(mode="json"),
         "model": str(job.checkpoint.root),
         "digest": job.checkpoint.digest,
+        "found": dict(job.found),
     }
     return json.dumps(facts)
 
@@ -135,4 +136,6 @@ def _job(described: str) -> Job:
     checkpoint = Checkpoint.open(facts["model"], allow_pickle=settings.allow_pickle)
     method = module.Method(module.Options.model_validate_json(json.dumps(facts["options"])))
     cpu, nowhere = torch.device("cpu"), Path("unused")
-    return Job(facts["label"], module.VERSION, method, settings, checkpoint, nowhere, Progress(quiet=True), cpu)
+    job = Job(facts["label"], module.VERSION, method, settings, checkpoint, nowhere, Progress(quiet=True), cpu)
+    job.found = facts["found"]
+    return job

@@ -118,7 +118,8 @@ def reads_text(method: Any) -> bool:
     """Whether a method, or a survey it asks for, looks at the inputs that a text makes, trains on it or chooses from it."""
     merges = hasattr(method, "merge")  # their surveys are others
     surveys = method.surveys() if hasattr(method, "surveys") and not merges else ()
-    return shaped_by_text(method) or any(survey.watch is not None for survey in surveys)
+    smooths = getattr(getattr(method, "options", None), "smooth", None) is not None
+    return smooths or shaped_by_text(method) or any(survey.watch is not None for survey in surveys)
 
 
 def shaped_by_text(method: Any) -> bool:

@@ -23,6 +23,7 @@ from weightworks.engine.modelwise import Training
 from weightworks.engine.reconstruct import Reconstruction
 from weightworks.engine.reducing import ReduceJob, Run, reduce
 from weightworks.engine.repairing import check_repairable, repair
+from weightworks.engine.smoothing import smooth
 from weightworks.engine.survey import run_surveys
 from weightworks.engine.tensorwise import run_tensorwise
 from weightworks.engine.trained import check_trainable
@@ -32,12 +33,14 @@ from weightworks.plan.chosen import chosen_by
 from weightworks.plan.keys import reads_text, trains
 from weightworks.plan.reduce import plan_reduction
 from weightworks.plan.texts import Text, calibrate, check_windows, dtype_of_passes, lessons
+from weightworks.report.card import hardware
 from weightworks.report.progress import Progress
 from weightworks.stage import catalog
 from weightworks.stage.protocols import by_gradients
 from weightworks.stage.settings import Settings
 from weightworks.store.checkpoint import FACTORS, Checkpoint
 from weightworks.store.manifest import changed_files, read_provenance
+from weightworks.store.packing import told
 from weightworks.store.sources import file_digest
 from weightworks.store.writer import CheckpointWriter, check_target
 from weightworks.stream.lessons import Lessons
@@ -188,8 +191,9 @@ def execute(
         results = worked(job, writer, text, probe, dtype, costs, executor)
         facts: dict[str, Any] = {
             **({} if job.keeps_adapter else {"size": sizes(job, results["rows"])}),
+            **({"format": f"{job.format.name}: {told(job.scheme)}"} if job.format and job.scheme else {}),
             "quality": {key: results[key] for key in ("dense", "result")},
-            **{key: results[key] for key in ("training", "renormalisation") if key in results},
+            **{key: results[key] for key in ("smoothing", "training", "renormalisation") if key in results},
         }
         if text is not None:
             facts |= calibrated(job, text, dtype)
@@ -232,6 +236,7 @@ def worked(
     """Make and write every tensor by the loop of the method's shape; returns the report's ``rows``, perplexities on the
     probe, and what else is to be told."""
     calibration = None if isinstance(text, Lessons) else text
+    smoothing = smooth(job, writer, calibration, probe, dtype, on_disk=costs.on_disk)
     run_surveys(job, writer, calibration, probe, dtype, on_disk=costs.on_disk)
     if isinstance(text, Lessons) and job.keeps_adapter:
         results = Beside(job, writer, text, probe, dtype, recompute=costs.recompute).run()
@@ -267,13 +272,13 @@ def worked(
                 job, writer, calibration, probe, on_disk=costs.on_disk, traced_bytes=costs.statistics_bytes
             ).run(solved(job, writer))
         else:
-            rows = run_tensorwise(job, writer, executor)
+            rows = run_tensorwise(job, writer, None if smoothing else executor)
         results = {"rows": rows, "dense": stream_perplexity(job, job.view, probe)}
         copy_rest(job, writer)
         written = Written(job, writer)
         results["result"] = stream_perplexity(job, written, probe)
         results["partial"] = stream_perplexity(job, written, probe, costs.reload_blocks)
-    return results
+    return results | smoothing
 
 
 def calibrated(job: Job | ReduceJob, text: Text, dtype: torch.dtype) -> dict[str, Any]:
@@ -311,6 +316,8 @@ def default_target(checkpoint: Checkpoint, method: str, options: Any) -> Path:
     if (share := getattr(options, "sparsity", None)) is not None:
         pattern = getattr(options, "pattern", "unstructured")
         method += f"-s{100 * share:g}" if pattern == "unstructured" else f"-{pattern.replace(':', 'of')}"
+    if (named := hardware({"scheme": getattr(options, "scheme", None)})) is not None:
+        return Path(f"{name}-{method}-{named.lower().replace('_', '-')}")
     if (bits := getattr(options, "bits", None)) is None:
         return Path(f"{name}-{method}")
     size = getattr(options, "group_size", -1)

@@ -44,7 +44,7 @@ TEMPLATE = """---
 def model_card(source: Checkpoint, name: str, provenance: dict[str, Any], dequantize: bool) -> str:
     """The card of an output folder called ``name``."""
     identity, options = provenance["identity"], provenance["identity"]["options"]
-    bits = options.get("bits")
+    bits = bits_of(options)
     quality = provenance.get("quality", {})
     size = provenance["size"]
     reduction = provenance.get("reduction")
@@ -74,9 +74,12 @@ def model_card(source: Checkpoint, name: str, provenance: dict[str, Any], dequan
         facts = provenance["calibration"]
         what = "training text" if "training" in provenance else "calibration"
         rows.append((what, f"{facts['source']}, {facts['windows']} windows of {facts['seq_len']} tokens"))
+    if (smoothing := provenance.get("smoothing")) is not None:
+        done = f"{smoothing['norms']} norms handed part of their scale on to {smoothing['weights']} weights"
+        rows.append(("smoothed", f"{done}; no norm feeds {len(smoothing['left'])} others"))
     rows.append(("checked with", provenance["checks"]["loader"]))
     if "quantized_weights" in size:
-        rows.append(("format", str(options.get("format"))))
+        rows.append(("format", str(provenance.get("format", options.get("format")))))
     degraded = provenance["fallbacks"]
     listed = "\n".join(f"- {line}" for line in degraded)
     return _filled(
@@ -84,7 +87,7 @@ def model_card(source: Checkpoint, name: str, provenance: dict[str, Any], dequan
         name=name,
         sentence=sentence,
         facts="\n".join(f"| {key} | {value} |" for key, value in rows),
-        snippet=snippet(name, dequantize),
+        snippet=snippet(name, dequantize, provenance["checks"].get("dtype")),
         command=command(provenance, source),
         fallbacks=f"## Fallbacks\n\nOn these tensors the method could not be applied as asked:\n\n{listed}\n"
         if degraded
@@ -92,14 +95,29 @@ def model_card(source: Checkpoint, name: str, provenance: dict[str, Any], dequan
     )
 
 
+def hardware(options: Mapping[str, Any]) -> str | None:
+    """The hardware format that weights were quantized to, or that their inputs are rounded; None for plain integers."""
+    name = options.get("scheme")
+    return None if name is None or re.fullmatch(r"W\dA16(_ASYM)?", name) else str(name)
+
+
+def bits_of(options: Mapping[str, Any]) -> int | None:
+    """Bits a weight, by the options or by the scheme's name."""
+    named = re.match(r"W(\d)A", options.get("scheme") or "")
+    found = options.get("bits") or (named and named.group(1))
+    return int(found) if found else None
+
+
 def _done(label: str, options: Mapping[str, Any], *, factored: bool) -> str:
     """What a method did, in a few words."""
     kind, method = label.split(".")
-    bits, group = options.get("bits"), options.get("group_size")
+    bits, group = bits_of(options), options.get("group_size")
     grid = "one scale a row" if group == -1 else f"groups of {group}"
     if kind == "recover":
         how = "renormalised" if method == "renormalise" else "trained"
         return f"{how} to win back what pruning cost, zeros held ({method})"
+    if kind != "prune" and (hardware(options) is not None or group is None):
+        return f"quantized to {options.get('scheme')} ({method})"
     if kind != "prune":
         return f"quantized to {bits} bits ({method}, {grid})"
     pattern = options.get("pattern", "unstructured")
@@ -302,8 +320,13 @@ def source_license(root: Path) -> str | None:
     return found.group(1) if found else None
 
 
-def snippet(name: str, dequantize: bool) -> str:
-    """Python lines that load the folder with transformers."""
+def snippet(name: str, dequantize: bool, dtype: str | None = None) -> str:
+    """Python lines that load the folder with transformers; ``dtype`` is the only one it runs in."""
+    if dtype is not None and not dequantize:
+        return (
+            "import torch\nfrom transformers import AutoModelForCausalLM\n\n"
+            f'model = AutoModelForCausalLM.from_pretrained("{name}", dtype=torch.{dtype})'
+        )
     if dequantize:
         return (
             "from transformers import AutoModelForCausalLM, CompressedTensorsConfig\n\n"

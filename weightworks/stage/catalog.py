@@ -117,12 +117,15 @@ def broken() -> tuple[Entry, ...]:
 
 
 def find(kind: str, name: str) -> Entry:
-    """The method ``name`` of ``kind``; an unknown one is a usage error that suggests the nearest.
+    """The method ``name`` of ``kind``, dashes or underscores; an unknown one is a usage error that suggests the nearest.
 
     No other plug-in is imported. One that is broken is an error with the cause, here or when it is loaded.
     """
     known = [entry for entry in declared() if entry.kind == kind]
-    meant = sorted((entry for entry in known if entry.name == name), key=lambda entry: entry.broken is not None)
+    meant = sorted(
+        (entry for entry in known if entry.name in (name, name.replace("-", "_"))),
+        key=lambda entry: entry.broken is not None,
+    )
     if not meant:
         names = {entry.name for entry in known if entry.broken is None}
         raise UsageError(f"unknown method '{name}' for {kind} ({nearest(name, names)})", hint="see: compress methods")

@@ -15,7 +15,7 @@ import torch
 
 from weightworks.options import Options
 from weightworks.stage.settings import Settings
-from weightworks.store.packing import IntScheme, Quantized
+from weightworks.store.packing import Encoded, Scheme
 
 if TYPE_CHECKING:
     from weightworks.store.factors import Factors
@@ -27,7 +27,8 @@ class Target:
 
     ``name`` is the checkpoint tensor; ``scale_dtype`` the dtype scales are stored in; ``min_zero`` the smallest zero
     point the container can hold. ``block`` is the number of the decoder block it is in. ``keep`` is how many of its
-    weights stay, where surveys have shared that out over the model. ``dtype`` is that of a dense result.
+    weights stay, where surveys have shared that out over the model; ``found`` is what else they found of it. ``dtype`` is
+    that of a dense result.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Target:
     block: int = 0
     keep: int | None = None
     dtype: torch.dtype = field(default_factory=lambda: torch.float32)  # read when first made: torch loads late
+    found: Any = None
 
 
 @dataclass
@@ -48,7 +50,7 @@ class Solution:
     what ``weight`` is the product of, in the target's dtype, of a method that is :class:`Factoring`.
     """
 
-    weight: Quantized | torch.Tensor
+    weight: Encoded | torch.Tensor
     facts: dict[str, Any] = field(default_factory=dict)
     fallbacks: list[str] = field(default_factory=list)
     mask: torch.Tensor | None = None
@@ -56,7 +58,7 @@ class Solution:
 
     def dense(self) -> torch.Tensor:
         """The weight in float32 [out, in]."""
-        return self.weight.dequantize() if isinstance(self.weight, Quantized) else self.weight
+        return self.weight if isinstance(self.weight, torch.Tensor) else self.weight.dequantize()
 
 
 class Statistics(Protocol):
@@ -77,7 +79,7 @@ class Blockwise(Protocol):
 
     options: Options
 
-    def scheme(self) -> IntScheme | None:
+    def scheme(self) -> Scheme | None:
         """How results are quantized; None if they are dense."""
 
     def watch(self, columns: int, device: torch.device) -> Statistics:
@@ -99,7 +101,7 @@ class Gradientwise(Protocol):
 
     options: Options
 
-    def scheme(self) -> IntScheme | None:
+    def scheme(self) -> Scheme | None:
         """How results are quantized; None if they are dense."""
 
     def traced(self, elements: int, count: int) -> int:
@@ -122,7 +124,7 @@ class Tensorwise(Protocol):
 
     options: Options
 
-    def scheme(self) -> IntScheme | None:
+    def scheme(self) -> Scheme | None:
         """How results are quantized; None if they are dense."""
 
     def apply(self, weight: torch.Tensor, target: Target) -> Solution:
@@ -134,7 +136,8 @@ class Survey:
     """A pass over the whole model before any weight is changed, for methods that share something out over it.
 
     A method that needs some has ``surveys()``, which lists them in the order they are made; the last one's finding is, by
-    tensor, how many weights stay (``Target.keep``). Figures and findings are JSON-compatible: they are journalled.
+    tensor, how many weights stay (``Target.keep``), or else what the method wants to know (``Target.found``). Figures and
+    findings are JSON-compatible: they are journalled.
 
     ``look(weights, statistics, targets, found)`` gives the figures of a block's linears (float32 [out, in], read when
     indexed), ``found`` being the finding of the survey before, None at first. ``statistics`` holds what ``watch`` made

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cached_property
 
 import torch
 
 from weightworks.store.checkpoint import Checkpoint
-from weightworks.store.formats import Format, packed_scheme
-from weightworks.store.packing import IntScheme
+from weightworks.store.formats import packed_scheme
+from weightworks.store.layout import Format, inputs_of
+from weightworks.store.packing import Scheme
 from weightworks.store.tensorfile import TensorInfo, TensorSpec
 
 
@@ -23,7 +24,7 @@ class DenseView:
         self.checkpoint = checkpoint
         packed = packed_scheme(checkpoint)
         self.format: Format | None = packed[0] if packed else None
-        self.scheme: IntScheme | None = packed[1] if packed else None
+        self.scheme: Scheme | None = packed[1] if packed else None
 
     @property
     def tensors(self) -> Mapping[str, TensorInfo]:
@@ -34,8 +35,8 @@ class DenseView:
         """Bases (names without ``.weight``) that are stored packed."""
         if self.format is None:
             return frozenset()
-        codes = "." + self.format.suffixes[0]
-        return frozenset(name.removesuffix(codes) for name in self.tensors if name.endswith(codes))
+        ending = "." + self.format.marker
+        return frozenset(name.removesuffix(ending) for name in self.tensors if name.endswith(ending))
 
     @cached_property
     def names(self) -> list[str]:
@@ -49,17 +50,26 @@ class DenseView:
             names[f"{base}.weight" if packed else name] = None
         return list(names)
 
+    @property
+    def packed_names(self) -> list[str]:
+        """Names of the dense tensors that are stored packed, in file order."""
+        return [name for name in self.names if self.is_packed(name)]
+
     def is_packed(self, name: str) -> bool:
         return name.removesuffix(".weight") in self.packed
+
+    def inputs(self, name: str) -> Callable[[torch.Tensor], torch.Tensor] | None:
+        """What is done to inputs [..., in] before weight ``name`` multiplies them; None if nothing."""
+        if not self.is_packed(name):
+            return None
+        return inputs_of(self.checkpoint, name.removesuffix(".weight"), self.scheme)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of the dense tensor, from headers alone (GPTQ layouts give [out, in])."""
         if not self.is_packed(name):
             return self.checkpoint.info(name).shape
-        base, info = name.removesuffix(".weight"), self.checkpoint.info
-        if self.format is not None and "weight_shape" in self.format.suffixes:
-            return tuple(int(n) for n in self.checkpoint.read(f"{base}.weight_shape"))
-        return info(f"{base}.qweight").shape[1], info(f"{base}.g_idx").shape[0]
+        assert self.format is not None
+        return self.format.shape(self.checkpoint, name.removesuffix(".weight"))
 
     @cached_property
     def dtype(self) -> torch.dtype:

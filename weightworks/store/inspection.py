@@ -10,6 +10,7 @@ from weightworks.store.adapted import AdaptedCheckpoint
 from weightworks.store.checkpoint import Checkpoint
 from weightworks.store.dense import DenseView
 from weightworks.store.manifest import read_provenance
+from weightworks.store.packing import told
 from weightworks.store.tensorfile import DTYPE_NAMES
 
 
@@ -25,11 +26,7 @@ def inspect(source: str, *, sparsity: bool = False, allow_pickle: bool = False) 
         "parameters": f"{parameters:,}",
         "bytes": f"{checkpoint.nbytes:,}",
         "bits_a_parameter": round(8 * checkpoint.nbytes / max(parameters, 1), 3),
-        "format": "dense"
-        if view.format is None or view.scheme is None
-        else f"{view.format.name}, {view.scheme.bits} bits, "
-        f"{'one scale a row' if view.scheme.group_size == -1 else f'groups of {view.scheme.group_size}'}, "
-        f"{'symmetric' if view.scheme.symmetric else 'asymmetric'}",
+        "format": "dense" if view.format is None or view.scheme is None else f"{view.format.name}, {told(view.scheme)}",
         "files": sorted({info.shard for info in checkpoint.tensors.values()}),
         **adapted(checkpoint),
         "tensors": tensors,
@@ -82,7 +79,10 @@ def _row(view: DenseView, name: str, sparsity: bool) -> dict[str, Any]:
         parts = [
             view.tensors[f"{base}.{suffix}"] for suffix in view.format.suffixes if f"{base}.{suffix}" in view.tensors
         ]
-        size, stored = sum(part.nbytes for part in parts), f"{view.scheme.bits}-bit codes"
+        size, stored = (
+            sum(part.nbytes for part in parts),
+            f"{view.scheme.code} codes",
+        )
     else:
         size, stored = view.tensors[name].nbytes, DTYPE_NAMES[view.tensors[name].dtype]
     row = {

@@ -7,11 +7,74 @@ boundary (3, 5, 6 and 7 bits). This is the layout of compressed-tensors since 0.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
+from weightworks.store.inputs import InputScheme
+
 DECODED = 1 << 22  # weights decoded at a time: what is computed on the way stays small
+
+
+class Scheme(Protocol):
+    """How a weight is quantized: on which grid, and which weights share a scale."""
+
+    @property
+    def bits(self) -> int:
+        """Bits a code."""
+
+    @property
+    def group_size(self) -> int:
+        """Input columns that share a scale; -1: the whole row."""
+
+    @property
+    def symmetric(self) -> bool:
+        """Whether the grid is symmetric about zero, so that no zero point is stored."""
+
+    @property
+    def reordered(self) -> bool:
+        """Whether groups follow an order of the columns that the file must store (``g_idx``)."""
+
+    @property
+    def element(self) -> str:
+        """What a code is and how its scale is stored, for people."""
+
+    @property
+    def code(self) -> str:
+        """The kind of code in a word."""
+
+    @property
+    def inputs(self) -> InputScheme | None:
+        """How inputs are rounded where the weight is multiplied; None if they are not."""
+
+    def groups(self, columns: int) -> int:
+        """Number of groups in a row of ``columns`` weights."""
+
+
+class Encoded(Protocol):
+    """A weight as codes and scales."""
+
+    @property
+    def scheme(self) -> Scheme: ...
+
+    @property
+    def codes(self) -> torch.Tensor:
+        """uint8 [out, in], one a weight."""
+
+    def dequantize(self) -> torch.Tensor:
+        """The weight these codes mean, float32 [out, in]."""
+
+    def split(self, heights: Sequence[int]) -> Sequence[Encoded]:
+        """The weights of ``heights`` rows each that were stacked."""
+
+
+def told(scheme: Scheme) -> str:
+    """A scheme in words."""
+    groups = "one scale a row" if scheme.group_size == -1 else f"groups of {scheme.group_size}"
+    inputs = "" if scheme.inputs is None else f"; inputs {scheme.inputs}"
+    return f"{scheme.element}, {groups}, {'symmetric' if scheme.symmetric else 'asymmetric'}{inputs}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,9 +88,17 @@ class IntScheme:
     group_size: int
     symmetric: bool
     reordered: bool = False
+    inputs: InputScheme | None = None
+
+    @property
+    def element(self) -> str:
+        return f"{self.bits} bits"
+
+    @property
+    def code(self) -> str:
+        return f"{self.bits}-bit"
 
     def groups(self, columns: int) -> int:
-        """Number of groups in a row of ``columns`` weights."""
         return 1 if self.group_size == -1 else columns // self.group_size
 
     @property
@@ -49,6 +120,11 @@ class Quantized:
     scale: torch.Tensor
     zero: torch.Tensor
     group_index: torch.Tensor | None = None
+
+    def split(self, heights: Sequence[int]) -> list[Quantized]:
+        """The weights of ``heights`` rows each that were stacked."""
+        parts = zip(*(t.split(list(heights)) for t in (self.codes, self.scale, self.zero)), strict=True)
+        return [Quantized(self.scheme, codes, scale, zero, self.group_index) for codes, scale, zero in parts]
 
     def dequantize(self) -> torch.Tensor:
         """The weight these codes mean, float32 [out, in]."""

@@ -17,7 +17,7 @@ import torch
 from weightworks.errors import VerificationError
 from weightworks.store.checkpoint import Checkpoint
 from weightworks.store.dense import DenseView
-from weightworks.store.formats import packed_scheme
+from weightworks.store.formats import FORMATS, packed_scheme
 from weightworks.stream.memory import ran_out, release, released_at_once
 from weightworks.stream.passes import window_losses
 from weightworks.stream.skeleton import Skeleton
@@ -41,12 +41,13 @@ class Reload:
     """What stock transformers made of a folder.
 
     ``losses`` are per token, [n, seq - 1]; ``dequantize`` says that it had to be asked for dense weights; ``weights``
-    gives the weights it ran with.
+    gives the weights it ran with; ``dtype`` is the one it must be loaded in, None if any will do.
     """
 
     losses: torch.Tensor
     dequantize: bool
     weights: Rounded
+    dtype: torch.dtype | None = None
 
     @property
     def rounds(self) -> bool:
@@ -64,14 +65,16 @@ def stock_losses(
 ) -> Reload:
     """Load the folder with stock transformers and run it in float32.
 
-    Packed folders that it does not load as they are (asymmetric ones, some models' own initialisation) are loaded with
-    ``dequantize=True``. ``blocks`` loads a model of so many leading blocks: the rest of the file is left unread. Raises
-    :class:`VerificationError` when it cannot be loaded.
+    Packed folders that it does not run as they are (asymmetric ones, some models' own initialisation, scales of inputs that
+    are not a token's) are loaded with ``dequantize=True``. ``blocks`` loads a model of so many leading blocks: the rest of the
+    file is left unread. Raises :class:`VerificationError` when it cannot be loaded.
     """
     view = DenseView(checkpoint)
+    fixed = None if view.format is None else view.format.decodes_to
     try:
         losses = _losses(checkpoint, tokens, blocks, trust_remote_code, dequantize=False)
-        return Reload(losses, False, Rounded(view, _experts(skeleton)))
+        rounded = view.names if fixed else _experts(skeleton) if view.format is FORMATS["compressed-tensors"] else ()
+        return Reload(losses, False, Rounded(view, rounded, inputs=True), fixed)
     except VerificationError:
         if view.format is None or view.format.name != "compressed-tensors":
             raise
@@ -103,7 +106,14 @@ def _losses(
                     parameter.data = parameter.data.float()
                 elif parameter.dtype != torch.float32:  # a view of the mapped file: one keeps all its pages in memory
                     parameter.data = parameter.data.clone()
-            model(tokens[:1, :1], use_cache=False)  # packed weights are decoded at the first call
+            if packed_scheme(checkpoint) is not None and hasattr(model, "ct_decompress_hook"):
+                # What its first call would do: some formats are decoded to bfloat16, which no float32 layer takes as it is.
+                model.hf_quantizer.compressor.decompress_model(model)
+                for parameter in model.parameters():
+                    parameter.data = parameter.data.float()
+            if not dequantize:
+                refuse_flat(model, checkpoint)
+            model(tokens[:1, :1], use_cache=False)  # other packed weights are decoded at the first call
             release()
             return torch.cat([window_losses(model(row, use_cache=False).logits, row) for row in tokens.split(1)])
     except Exception as error:  # whatever the loader raises, the folder is not what it should be
@@ -113,17 +123,42 @@ def _losses(
         raise VerificationError(f"transformers cannot load the folder ({type(error).__name__}: {reason})") from error
 
 
-class Rounded:
-    """Dense weights, the packed ones among ``names`` in the dtype of their scales, as loaders unpack them."""
+def refuse_flat(model: Any, checkpoint: Checkpoint) -> None:
+    """Let layers that round inputs a token at a time refuse inputs [tokens, in].
 
-    def __init__(self, view: DenseView, names: Iterable[str]) -> None:
+    compressed-tensors 0.20 takes one scale for all tokens there (``compute_dynamic_scales_and_zp``), engines do not.
+    """
+    scheme = DenseView(checkpoint).scheme
+    if scheme is None or scheme.inputs is None or scheme.inputs.group_size != -1:
+        return
+
+    def see(module: torch.nn.Module, given: tuple[torch.Tensor, ...]) -> None:
+        if given[0].ndim == 2:
+            raise VerificationError("a layer is handed [tokens, in], for which compressed-tensors takes one scale")
+
+    for module in model.modules():
+        if hasattr(module, "quantization_scheme"):
+            module.register_forward_pre_hook(see)
+
+
+class Rounded:
+    """Dense weights, the packed ones among ``names`` in the dtype that loaders unpack them to: the format's, or that of their
+    scales. ``inputs`` says whether layers round their inputs, as they do unless all is unpacked at once."""
+
+    def __init__(self, view: DenseView, names: Iterable[str], *, inputs: bool = False) -> None:
         self.view, self.is_packed = view, view.is_packed
+        fixed = None if view.format is None else view.format.decodes_to
         scales = {name: view.tensors.get(name.removesuffix("weight") + "weight_scale") for name in names}
-        self.dtypes = {name: scale.dtype for name, scale in scales.items() if scale is not None}
+        self.dtypes = {name: fixed or scale.dtype for name, scale in scales.items() if scale is not None}
+        self.inputs = view.inputs if inputs else _as_given
 
     def read(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
         weight = self.view.read(name, self.dtypes.get(name))
         return weight if dtype is None else weight.to(dtype)
+
+
+def _as_given(name: str) -> None:
+    """Nothing is done to inputs."""
 
 
 def _experts(skeleton: Skeleton) -> list[str]:

@@ -7,7 +7,7 @@ checkpoint names to parameters is the one transformers itself uses to load.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from weightworks.errors import ArchitectureError
 from weightworks.store.dense import DenseView
@@ -35,7 +36,10 @@ class Piece:
 
 
 class DenseReader(Protocol):
-    """Gives dense tensors by the checkpoint's names; one that ``is_packed`` comes as [out, in], whatever its layer."""
+    """Gives dense tensors by the checkpoint's names; one that ``is_packed`` comes as [out, in], whatever its layer.
+
+    One of quantized weights may have ``inputs(name)``: what is done to inputs before the weight multiplies them, or None.
+    """
 
     def read(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor: ...
 
@@ -55,6 +59,7 @@ class Skeleton:
     pieces: dict[str, list[Piece]]
     unused: list[str]
     _holders: dict[str, list[tuple[nn.Module, str]]] = field(repr=False, default_factory=dict)
+    _rounding: dict[str, RemovableHandle] = field(repr=False, default_factory=dict)
 
     @property
     def context_length(self) -> int:
@@ -74,8 +79,19 @@ class Skeleton:
         self, reader: DenseReader, names: list[str], dtype: torch.dtype, device: torch.device | str = "cpu"
     ) -> None:
         """Fill the named parameters with dense weights in ``dtype``."""
+        rounds = getattr(reader, "inputs", None)
         for name in names:
             self.assign(name, self.assemble(reader, name, dtype).to(device))
+            self._round_inputs(name, None if rounds is None else rounds(self.pieces[name][0].tensor))
+
+    def _round_inputs(self, name: str, rounded: Callable[[torch.Tensor], torch.Tensor] | None) -> None:
+        """Let the linear layer of weight ``name`` round its inputs first, or no more. Fused experts do not, as in
+        transformers."""
+        if (earlier := self._rounding.pop(name, None)) is not None:
+            earlier.remove()
+        module = self.holder(name)
+        if rounded is not None and isinstance(module, nn.Linear):
+            self._rounding[name] = module.register_forward_pre_hook(lambda _, given: (rounded(given[0]), *given[1:]))
 
     def assemble(self, reader: DenseReader, name: str, dtype: torch.dtype) -> torch.Tensor:
         """One parameter from its pieces."""

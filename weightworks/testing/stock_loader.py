@@ -4,7 +4,7 @@
 
 Run by :mod:`weightworks.testing.stored`, with the interpreter of whatever environment has the packages a format needs.
 JOBS holds ``tokens`` (windows of one length), ``out`` (a folder for NAME.safetensors with ``logits``) and ``folders``:
-name -> ``path`` and ``dequantize``. The last line printed is JSON: ``versions`` of what took part, and by name the
+name -> ``path``, ``dequantize`` and ``dtype``. The last line printed is JSON: ``versions`` of what took part, and by name the
 ``kernel``, the class that multiplies with packed weights, or the ``error``.
 """
 
@@ -23,10 +23,16 @@ from transformers import AutoModelForCausalLM, CompressedTensorsConfig, GPTQConf
 PACKAGES = ("torch", "transformers", "compressed-tensors", "optimum", "gptqmodel")
 
 
-def run(path: str, tokens: torch.Tensor, *, dequantize: bool) -> tuple[torch.Tensor, str]:
-    """The logits of one folder, loaded as a user loads it, and what multiplied with its packed weights."""
+def run(path: str, tokens: torch.Tensor, *, dequantize: bool, dtype: str) -> tuple[torch.Tensor, str]:
+    """The logits of one folder, loaded as a user loads it, and what multiplied with its packed weights.
+
+    What runs in another ``dtype`` only is decoded by a first call in that, and then computes in float32.
+    """
     options = {"quantization_config": CompressedTensorsConfig(dequantize=True)} if dequantize else {}
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, **options)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype), **options)
+    if dtype != "float32":
+        model(tokens)
+        torch.nn.Module.float(model)  # the model's own refuses: weights are said to be of their dtype
     return model(tokens).logits.float().contiguous(), kernel(model)
 
 
@@ -64,7 +70,7 @@ def main() -> None:
     for name, folder in jobs["folders"].items():
         try:
             try:
-                logits, by = run(folder["path"], tokens, dequantize=folder["dequantize"])
+                logits, by = run(folder["path"], tokens, dequantize=folder["dequantize"], dtype=folder["dtype"])
             except RuntimeError as error:
                 if "qGroupSize" not in str(error):
                     raise

@@ -8,6 +8,7 @@ import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -41,26 +42,40 @@ def stored_logits(model: nn.Module, folder: Path, tokens: torch.Tensor, *, dequa
     """Float32 logits [windows, seq, vocabulary] of the weights in ``folder`` as our reader decodes them.
 
     ``model`` is the dense one, in float32; its weights are replaced. ``dequantize`` rounds decoded weights to the dtype
-    of their scales, as such a load does.
+    of their scales, as such a load does; else layers round their inputs where the format says so.
     """
     view = DenseView(Checkpoint.open(folder))
-    reader = Rounded(view, view.names if dequantize else ())
+    fixed = view.format is not None and view.format.decodes_to is not None
+    reader = Rounded(view, view.names if dequantize or fixed else (), inputs=not dequantize)
     missing, unexpected = model.load_state_dict({name: reader.read(name).float() for name in view.names}, strict=False)
     if set(missing) - {"lm_head.weight"} or unexpected:
         raise VerificationError(f"{folder}: tensors missing {missing}, unexpected {unexpected}")
+    hooks = [
+        model.get_submodule(name.removesuffix(".weight")).register_forward_pre_hook(
+            lambda _, given, rounded=rounded: (rounded(given[0]), *given[1:])
+        )
+        for name in view.packed_names
+        if (rounded := reader.inputs(name)) is not None
+    ]
     logits: torch.Tensor = model(tokens).logits
+    for hook in hooks:
+        hook.remove()
     return logits
 
 
 def load_apart(
-    python: str | Path, folders: Mapping[str, tuple[Path, bool]], tokens: torch.Tensor, work: Path
+    python: str | Path, folders: Mapping[str, tuple[Path, Mapping[str, Any]]], tokens: torch.Tensor, work: Path
 ) -> tuple[dict[str, Loaded], dict[str, str]]:
-    """Load ``folders`` (path, dequantize) in one fresh process of ``python`` that has nothing of this project.
+    """Load ``folders`` (path, and ``dequantize`` and ``dtype`` as provenance says under ``checks``) in one fresh process of
+    ``python`` that has nothing of this project.
 
     Returns what became of each by name, and the versions of the packages that loaded them. ``work`` takes the logits.
     """
     jobs = work / "jobs.json"
-    listed = {name: {"path": str(path), "dequantize": dequantize} for name, (path, dequantize) in folders.items()}
+    listed = {
+        name: {"path": str(path), "dequantize": checks["dequantize"], "dtype": checks.get("dtype", "float32")}
+        for name, (path, checks) in folders.items()
+    }
     jobs.write_text(json.dumps({"tokens": tokens.tolist(), "out": str(work), "folders": listed}))
     # GPTQModel starts a pool of workers a core, and on two cores does not come up with fewer than two.
     env = {"GPTQMODEL_CPU_WORKERS": "2", "HF_HUB_OFFLINE": "1", **os.environ}
