@@ -9,7 +9,7 @@ from weightworks.report.norms import norms
 from weightworks.report.reduction import parameters
 from weightworks.report.reduction import run_time as time_of_smaller
 from weightworks.report.sparsity import factored_run_time, factors, run_time, sparsity, weight_on_disk
-from weightworks.report.training import training
+from weightworks.report.training import renormalised, training
 
 
 def show_estimate(outcome: Any) -> None:
@@ -18,11 +18,17 @@ def show_estimate(outcome: Any) -> None:
         show(f"nothing to do: {outcome.target} was made by this very command and is intact")
         return
     costs = outcome.estimate
+    taught = {}
+    if costs.taught_bytes:
+        taught["teacher"] = f"streamed once, its hidden states on disk: {size(costs.taught_bytes)}"
+    elif costs.teacher_bytes:
+        taught["teacher"] = f"in memory, passed by every batch: {size(costs.teacher_bytes)}"
     pairs(
         {
             "time": f"about {duration(costs.seconds)}",
             "peak memory": f"about {size(costs.peak_bytes)} ({costs.peak_phase}); allowed {size(costs.limit_bytes)}",
             "activations": "on disk" if costs.on_disk else "recomputed" if costs.recompute else "in memory",
+            **taught,
             "disk": f"{size(costs.disk_bytes)} while running",
             "output": f"{costs.output_bytes:,} bytes of weights",
         }
@@ -71,6 +77,11 @@ def worst(rows: list[dict[str, Any]]) -> dict[str, str]:
 def worth(facts: dict[str, Any]) -> dict[str, str]:
     """What was gained in bytes, bits and time."""
     sizes = facts["size"]
+    if "config" in facts:
+        told = {
+            "size": f"{size(sizes['bytes_out'])}, an adapter of rank {facts['config']['r']} for PEFT; the model stays"
+        }
+        return {**told, "training": training(facts["training"])}
     told = {"size": f"{size(sizes['bytes_out'])}, was {size(sizes['bytes_in'])} ({sizes['ratio']:.2f}x smaller)"}
     if "kept_weights" in sizes:
         told["sparsity"] = sparsity(sizes)
@@ -87,6 +98,8 @@ def worth(facts: dict[str, Any]) -> dict[str, str]:
         told["norms tuned"] = norms(facts["norms"])
     if "training" in facts:
         told["training"] = training(facts["training"])
+    if "renormalisation" in facts:
+        told["rows renormalised"] = renormalised(facts["renormalisation"])
     if "quantized_weights" in sizes:
         told["bits a weight"] = f"{sizes['bits_a_weight']:.3f} in {facts['tensors']['transformed']} quantized tensors"
     return told

@@ -32,6 +32,13 @@ class TrainingOptions(Options):
     weight_decay: float = Field(0.0, ge=0, description="AdamW's decay, of matrices only")
     max_grad_norm: float = Field(1.0, ge=0, description="gradients are scaled down to this norm; 0: never")
     held_out: int = Field(16, ge=1, description="windows set aside to measure the loss on, at most a quarter of all")
+    patience: int | None = Field(
+        None,
+        ge=1,
+        description="stop once so many looks at the held-out loss in turn were no better than the best, and keep the values of "
+        "the best; default: all steps are taken, and the last values kept",
+    )
+    look_every: int = Field(10, ge=1, description="patience: steps between looks")
     gradient_checkpointing: Literal["auto", "on", "off"] = Field(
         "auto",
         description="run blocks again in the backward pass to save memory; auto: where memory is short. Same result",
@@ -73,6 +80,8 @@ class TrainingOptions(Options):
             clip=self.max_grad_norm,
             held_out=self.held_out,
             remember=remember,
+            patience=self.patience,
+            look=self.look_every,
             **others,
             recompute={"auto": None, "on": True, "off": False}[self.gradient_checkpointing],
         )

@@ -14,7 +14,7 @@ from architectures import ARCHITECTURES
 from commands import Commands
 
 from compress import prune, recover
-from compress.recover import perp
+from compress.recover import _training
 from compress.recover._adapters import FORMULAS, LowRank
 from compress.recover.perp import Method, Options
 from weightworks.engine.job import Job
@@ -306,7 +306,10 @@ def test_a_teacher_of_other_tokens_is_refused(sparse: Path, tiny_llama: Path, tm
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        ({"train": ["norms"]}, "'norms' is no part that can be trained; known: bias, norm, head, adapters, weights"),
+        (
+            {"train": ["norms"]},
+            "'norms' is no part that can be trained; known: bias, norm, head, adapters, weights, full",
+        ),
         ({"train": []}, "something must be trained"),
         ({"train": ["weights", "adapters"]}, "by its adapter or by its weights, not by both"),
         ({"adapter": "lora_prune"}, "option 'adapter' = 'lora_prune'"),
@@ -321,4 +324,4 @@ def test_what_cannot_be_is_refused(sparse: Path, options: dict[str, Any], text: 
 
 def test_parts_are_named_once_in_their_order() -> None:
     assert Options(train=["adapters,norm", "norm"]).train == ["norm", "adapters"]
-    assert perp.PARTS == ("bias", "norm", "head", "adapters", "weights")
+    assert _training.PARTS == ("bias", "norm", "head", "adapters", "weights", "full")

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, OPTConfig, OPTForCausalLM
 
 from merge import merge as merge_models
-from weightworks.engine.renormalising import Moments, Target, factor_of, target_of
+from weightworks.engine.moments import Moments, Target, factor_of, target_of
 from weightworks.errors import CalibrationError, WeightworksError
 from weightworks.plan.renormalising import LENGTH, WINDOWS
 from weightworks.stream.calibration import load_windows

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import sys
 import types
 from collections.abc import Callable
@@ -302,11 +303,9 @@ def chosen(folder: Path) -> list[dict[str, Any]]:
 @pytest.fixture(scope="module")
 def forgetful(small: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The small model that no longer knows the digits: rows without any are read as before."""
-    from shutil import copytree
-
     from tokenizers import Tokenizer
 
-    folder = copytree(small, tmp_path_factory.mktemp("forgetful") / "model")
+    folder = shutil.copytree(small, tmp_path_factory.mktemp("forgetful") / "model")
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     digits = [number for text, number in tokenizer.get_vocab().items() if text.isdigit()]
     tensors = load_file(folder / "model.safetensors")
@@ -378,6 +377,7 @@ def test_recover_learns_from_what_was_chosen(small: Path, sparse: Path, data: Pa
     )
     assert healed.provenance is not None
     assert healed.provenance["training"]["steps"] == 2
+    assert "use: select.random" in rebuild(healed.target)
 
 
 def test_a_killed_run_goes_on_and_ends_in_the_same_bytes(
@@ -409,6 +409,24 @@ def test_a_killed_run_goes_on_and_ends_in_the_same_bytes(
     assert asked[0] == "part 2"
     for name in ("selected.jsonl", "scores.jsonl", "report.html", "provenance.json"):
         assert (target / name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_an_original_of_other_tokens_is_refused(small: Path, tiny_llama: Path, data: Path, tmp_path: Path) -> None:
+    from compress import select
+
+    values: dict[str, Any] = {"dataset": str(data), "device": "cpu", "output_dir": tmp_path / "out"}
+    with pytest.raises(MethodError, match=r"knows 2,048 tokens and .* 512: their predictions cannot be compared"):
+        select(small, teacher=tiny_llama, **values)
+    other = tmp_path / "other"
+    shutil.copytree(small, other)
+    text = (other / "tokenizer.json").read_text()
+    (other / "tokenizer.json").write_text(
+        text.replace('"add_prefix_space": false', '"add_prefix_space": true').replace(
+            '"add_prefix_space":false', '"add_prefix_space":true'
+        )
+    )
+    with pytest.raises(MethodError, match="have different tokenizers"):
+        select(small, teacher=other, **values)
 
 
 def test_predictions_that_are_not_finite_are_refused(

@@ -7,143 +7,47 @@ one that was pruned.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Literal, Self
 
-import torch
-from pydantic import Field, field_validator
+from pydantic import Field, model_validator
 
-from compress.rates import SCHEDULES
-from compress.schemes import ALWAYS_IGNORED, Patterns
-from compress.training import TrainingOptions
+from compress.recover._training import Recovery, RecoveryOptions, WindowOptions
 from weightworks.stage.training import Regime
-
-if TYPE_CHECKING:
-    from weightworks.stream.whole import Outline, Subset, Whole
 
 PAPER = "Zimmer et al. 2023, arXiv:2312.15230"
 VERSION = 1
-PARTS = ("bias", "norm", "head", "adapters", "weights")
 
 
-class Options(TrainingOptions):
+class Options(RecoveryOptions, WindowOptions):
     """Options of PERP."""
 
-    train: list[str] = Field(
-        default=["bias", "norm", "adapters"],
-        description="what is trained, one or several of: bias, norm (gains and biases of normalisation), head (LoRA on an "
-        "output layer that is not the embedding), adapters (of the linear layers), weights (all of those layers, under "
-        "their masks, instead of adapters)",
-    )
-    adapter: Literal["mask_lora", "scale_lora", "spp"] = Field(
-        "mask_lora",
-        description="how a weight W is adapted: mask_lora: W + s M * (BA); scale_lora: W * (BA); spp: W + s W * (BA)",
-    )
     mode: Literal["retrain", "reconstruct"] = Field(
         "retrain",
         description="retrain: the whole model, on the language model's loss; reconstruct: block after block, to give what the "
         "original's give (needs a teacher; one block in memory at a time)",
     )
-    window: Literal["block", "attn", "mlp", "both"] = Field(
-        "block", description="reconstruct: what is imitated as one: the block, its attention, its MLP, or both in turn"
-    )
-    inputs: Literal["sparse", "dense"] = Field(
-        "sparse",
-        description="reconstruct: a block's inputs: those that the pruned model makes so far, or the original's",
-    )
-    targets: Literal["local", "trajectory"] = Field(
-        "local",
-        description="reconstruct: what the original's block gives on the same inputs (local), or in the original (trajectory)",
-    )
-    rank: int = Field(16, ge=1, description="rank of A and B")
-    alpha: float = Field(32.0, gt=0, description="s is alpha / rank")
-    schedule: Literal["ft", "lrw", "slr", "clr", "llr"] = Field("llr", description=SCHEDULES)
-    lr: float = Field(5e-4, gt=0, description="highest learning rate (AdamW)")
-    ignore: Patterns = Field(
-        default=[],
-        description="layers without an adapter: globs, or regular expressions after re: (routers never have one)",
-    )
 
-    @field_validator("train")
-    @classmethod
-    def _known(cls, value: list[str]) -> list[str]:
-        parts = [part.strip() for text in value for part in text.split(",")]
-        if unknown := [part for part in parts if part not in PARTS]:
-            raise ValueError(f"'{unknown[0]}' is no part that can be trained; known: {', '.join(PARTS)}")
-        if not parts:
-            raise ValueError("something must be trained")
-        if {"adapters", "weights"} <= {*parts}:
-            raise ValueError("a layer is trained by its adapter or by its weights, not by both")
-        return [part for part in PARTS if part in parts]
-
-    @property
-    def ignored(self) -> list[str]:
-        """Patterns of all layers left as they are."""
-        return [*ALWAYS_IGNORED, *self.ignore]
+    @model_validator(mode="after")
+    def _merges(self) -> Self:
+        if self.adapter == "lora" and self.mode == "reconstruct":
+            raise ValueError("adapter lora is not merged, so no block can be written: take mode retrain")
+        if self.mode == "reconstruct":
+            self.no_patience()
+        return self
 
 
-class Method:
+class Method(Recovery):
     """PERP as a modelwise method."""
 
-    masks = False  # it makes none, and keeps those there are
-
     def __init__(self, options: Options) -> None:
-        self.options = options
+        self.options: Options = options
 
-    def scheme(self) -> None:
-        return None
-
-    def files(self) -> list[Path]:
-        return self.options.files()
+    @property
+    def by_blocks(self) -> bool:
+        return self.options.mode == "reconstruct"
 
     def regime(self) -> Regime:
         options = self.options
-        if options.mode == "retrain":
+        if not self.by_blocks:
             return options.regime()
         return options.regime(window=options.window, inputs=options.inputs, targets=options.targets)
-
-    def subset(self, outline: Outline) -> Subset:
-        from weightworks.stream.whole import Subset
-
-        wanted, fallbacks = self.options.train, []
-        named = {"bias": outline.biases, "norm": outline.norms, "weights": outline.weights}
-        names = {name for part, found in named.items() if part in wanted for name in found}
-        adapters = dict.fromkeys(outline.linears, self.adapter()) if "adapters" in wanted else {}
-        if self.options.mode == "reconstruct":
-            names = {name for name in names if outline.inside(name)}
-        if "head" in wanted and self.options.mode == "reconstruct":
-            fallbacks.append("head: left as it is; it is in no block")
-        elif "head" in wanted and outline.head is not None:
-            adapters[outline.head.tensor] = self.adapter("lora")
-        elif "head" in wanted:
-            fallbacks.append("head: left as it is; it is the embedding too, which an adapter of the head would change")
-        ordered = tuple(name for name in outline.skeleton.learnable if name in names)
-        adapted = [
-            linear for linear in (*outline.linears.values(), outline.head) if linear and linear.tensor in adapters
-        ]
-        return Subset(ordered, adapters, self.options.rank * sum(sum(one.shape) for one in adapted), tuple(fallbacks))
-
-    def adapter(self, kind: str | None = None) -> Any:
-        """What makes an adapter of ``kind``, by default the one asked for."""
-        from compress.recover._adapters import LowRank
-
-        return partial(LowRank, kind or self.options.adapter, rank=self.options.rank, alpha=self.options.alpha)
-
-    def begin(self, number: int, model: Whole) -> dict[str, Any]:
-        model.mask_zeros()
-        parts = {"adapters": sum(one.numel() for adapter in model.adapters.values() for one in adapter.parameters())}
-        for name in (name for name in model.subset.names if name in model.values):
-            part = "bias" if name.endswith("bias") else "norm" if model.values[name].ndim == 1 else "weights"
-            parts[part] = parts.get(part, 0) + model.values[name].numel()
-        return {"trained": {part: count for part, count in parts.items() if count}}
-
-    def rates(self, number: int, begun: Mapping[str, Any]) -> Sequence[float]:
-        return self.options.rates()
-
-    def end(self, number: int, model: Whole) -> dict[str, Any]:
-        return {}
-
-    def told(self, weight: torch.Tensor, original: torch.Tensor, mask: torch.Tensor) -> dict[str, Any]:
-        return {}

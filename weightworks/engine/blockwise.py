@@ -226,7 +226,7 @@ def check_outside(job: Streamed) -> None:
     """Refuse NaN in tensors outside the blocks and in those the model has no place for; the proof reads the others."""
     blocks = (name for index in range(len(job.skeleton.blocks)) for name in job.skeleton.names_of(index))
     inside = {piece.tensor for name in blocks for piece in job.skeleton.pieces[name]}
-    for name in job.checkpoint.tensors:
+    for name in job.view.names:
         if name not in inside:
             check_finite(name, job.view.read(name))
 

@@ -41,7 +41,8 @@ class Estimate:
     Bytes: ``output_bytes`` of weight files, exact; ``disk_bytes`` staging included; ``peak_bytes`` of the process.
     ``on_disk`` says that activations go to disk; ``statistics_bytes`` is the room for one round of statistics;
     ``reload_blocks`` is how many leading blocks the reload check can hold; ``recompute`` says that a training runs blocks
-    again in the backward pass.
+    again in the backward pass; ``teacher_bytes`` are of what a training holds of its teacher in memory, ``taught_bytes`` of what
+    that has left on disk.
     """
 
     output_bytes: int
@@ -54,6 +55,8 @@ class Estimate:
     statistics_bytes: int
     reload_blocks: int
     recompute: bool = False
+    teacher_bytes: int = 0
+    taught_bytes: int = 0
 
     def facts(self) -> dict[str, Any]:
         return dict(vars(self))
@@ -155,7 +158,7 @@ def size(count: float) -> str:
 
 
 def sizes_of(job: Job | ReduceJob, tokens: tuple[int, int] | None, probe: tuple[int, int], dtype: torch.dtype) -> Sizes:
-    skeleton, tensors = job.skeleton, job.checkpoint.tensors
+    skeleton, tensors = job.skeleton, {spec.name: spec for spec in job.view.specs}
     config = skeleton.model.config.get_text_config()
 
     def stored(names: Sequence[str]) -> list[str]:
@@ -319,6 +322,7 @@ def _seconds(job: Job | ReduceJob, tokens: tuple[int, int] | None, probe: tuple[
         passes = (
             (job.blockwise or hasattr(job.method, "reduces"))
             + 2 * by_gradients(job.method)
+            + 2 * hasattr(job.method, "renormalises")
             + sum(survey.watch is not None for survey in surveys)
         )
         work += 2.0 * 2 * passes * count * weights / speed[str(dtype).removeprefix("torch.")]

@@ -22,12 +22,13 @@ import torch
 
 import weightworks
 from weightworks.errors import CheckpointError, MethodError
-from weightworks.report.card import model_card
+from weightworks.report.card import model_card, trained_adapter_card
 from weightworks.report.progress import Progress
 from weightworks.stage.protocols import Solution, Target
 from weightworks.stage.settings import Settings
 from weightworks.stage.tweaking import Tweak, tweak_of
-from weightworks.store.adapters import Adapter
+from weightworks.store.adapted import AdaptedCheckpoint
+from weightworks.store.adapters import PREFIX, WEIGHTS, Adapter
 from weightworks.store.checkpoint import FACTORS, MASKS, Checkpoint
 from weightworks.store.dense import DenseView
 from weightworks.store.factors import factor_specs
@@ -70,9 +71,10 @@ class Job:
 
     def __post_init__(self) -> None:
         self.view: DenseView = DenseView(self.checkpoint)
-        refuse_packed(self.view)
+        if not self.keeps_adapter:
+            refuse_packed(self.view)
         self.skeleton = build(self.view, trust_remote_code=self.settings.trust_remote_code)
-        dtypes = {name: info.dtype for name, info in self.checkpoint.tensors.items()}
+        dtypes = {spec.name: spec.dtype for spec in self.view.specs}
         self.blocks = []
         for index in range(len(self.skeleton.blocks)):
             linears, others = block_linears(self.skeleton, index, dtypes)
@@ -88,6 +90,11 @@ class Job:
     def options(self) -> Any:
         return self.method.options
 
+    @property
+    def keeps_adapter(self) -> bool:
+        """Whether the output is an adapter, and the model stays as it is."""
+        return bool(getattr(self.method, "keeps_adapter", False))
+
     @cached_property
     def linears(self) -> dict[str, Linear]:
         """All weights to be changed, by checkpoint name."""
@@ -101,7 +108,7 @@ class Job:
     @cached_property
     def outline(self) -> Outline:
         """What there is to train."""
-        dtypes = {name: info.dtype for name, info in self.checkpoint.tensors.items()}
+        dtypes = {spec.name: spec.dtype for spec in self.view.specs}
         return Outline(self.skeleton, self.linears, head_linear(self.skeleton, dtypes))
 
     @cached_property
@@ -225,8 +232,10 @@ class Job:
 
     @cached_property
     def specs(self) -> list[TensorSpec]:
-        """Every tensor of the output, in the order of the input."""
-        specs = []
+        """Every tensor of the output, in the order of the input; none where it is an adapter, which is a side file."""
+        specs: list[TensorSpec] = []
+        if self.keeps_adapter:
+            return specs
         for spec in self.checkpoint.specs:
             linear = self.linears.get(spec.name)
             if linear is None or self.format is None or self.scheme is None:
@@ -245,6 +254,8 @@ class Job:
             return {
                 FACTORS: [spec for name, one in of for spec in factor_specs(name, one.shape, sizes[name], one.dtype)]
             }
+        if self.keeps_adapter:
+            return {WEIGHTS: self._adapter_specs()}
         if not getattr(self.method, "masks", False):
             if self.masks is None or not hasattr(self.method, "subset"):
                 return {}
@@ -252,6 +263,22 @@ class Job:
                 MASKS: [TensorSpec(name + SUFFIX, info.shape, info.dtype) for name, info in self.masks.infos.items()]
             }
         return {MASKS: [mask_spec(linear.tensor, self._stored_shape(linear)) for linear in self.linears.values()]}
+
+    def _adapter_specs(self) -> list[TensorSpec]:
+        """A and B of every adapted module under PEFT's names, in float32."""
+        specs = []
+        for linear in (self.adaptable[name] for name in self.subset.adapters):
+            rows, columns, rank = *linear.shape, int(self.options.rank)
+            name = f"{PREFIX}{linear.module}.lora"
+            specs.append(TensorSpec(f"{name}_A.weight", (rank, columns), torch.float32))
+            specs.append(TensorSpec(f"{name}_B.weight", (rows, rank), torch.float32))
+        return sorted(specs, key=lambda spec: spec.name)
+
+    @cached_property
+    def adaptable(self) -> dict[str, Linear]:
+        """All weights that may have an adapter, by checkpoint name."""
+        head = self.outline.head
+        return {**self.linears, **({} if head is None else {head.tensor: head})}
 
     def _stored_shape(self, linear: Linear) -> tuple[int, int]:
         """The shape of the dense tensor that the output stands for: a packed weight decodes to [out, in]."""
@@ -348,6 +375,8 @@ class Job:
 
     def account(self) -> dict[str, Any]:
         """What became of every input tensor: transformed or copied, with the reason a matrix was left as it is."""
+        if self.keeps_adapter:
+            return {"input": len(self.checkpoint.tensors), "transformed": 0, "copied": 0, "dropped": 0}
         done = self.changed if self.tweak is None else {*self.linears, *self.tuned}
         rescaled = self.replaced - done
         copied = [name for name in self.checkpoint.tensors if name not in done | rescaled]
@@ -391,6 +420,8 @@ class Job:
 
     def card(self, provenance: dict[str, Any]) -> str:
         """The model card of the output."""
+        if self.keeps_adapter:
+            return trained_adapter_card(self.checkpoint, self.target.name, provenance)
         return model_card(self.checkpoint, self.target.name, provenance, provenance["checks"]["dequantize"])
 
     def identity(self, **facts: Any) -> dict[str, Any]:
@@ -436,6 +467,20 @@ def refuse_packed(view: DenseView) -> None:
         raise MethodError(
             f"{view.checkpoint.root}: is already quantized ({view.format.name}, {view.scheme.element})",
             hint="start from the dense checkpoint it was made from",
+        )
+
+
+def refuse_filled(checkpoint: Checkpoint) -> None:
+    """Raise :class:`MethodError` for a pruned model with adapters added to weights that its masks say are pruned."""
+    masks = Masks.of(checkpoint.root) if isinstance(checkpoint, AdaptedCheckpoint) else None
+    if masks is None or not isinstance(checkpoint, AdaptedCheckpoint):
+        return
+    if filled := [name for name in checkpoint.updates or {} if name in masks.infos]:
+        raise MethodError(
+            f"{checkpoint.source}: the zeros of {len(filled)} pruned weights would be filled in: {', '.join(filled[:3])}"
+            f"{', ...' if len(filled) > 3 else ''}; W + BA has none where W has, so the sum is dense",
+            hint="leave the adapter beside the model (PEFT loads both), train one that can be merged "
+            "(compress recover --adapter mask_lora), or prune the sum again (compress prune MODEL+ADAPTER)",
         )
 
 

@@ -15,7 +15,8 @@ import torch
 
 import weightworks
 from weightworks.engine.earlier import STATE_FILE, STATE_PREFIX, Earlier, open_earlier
-from weightworks.engine.job import dense_config, environment, origin
+from weightworks.engine.job import dense_config, environment, origin, refuse_filled
+from weightworks.engine.merge_masks import Carried, carried_masks
 from weightworks.engine.mergeplan import Layout, OneMethod, Part, Planner
 from weightworks.engine.side import Side, open_statistics
 from weightworks.errors import MethodError, NotFiniteError, WeightworksError
@@ -24,7 +25,7 @@ from weightworks.report.progress import Progress
 from weightworks.stage.merging import is_whole
 from weightworks.stage.settings import Settings
 from weightworks.store import tokenizerfile
-from weightworks.store.checkpoint import Checkpoint
+from weightworks.store.checkpoint import MASKS, Checkpoint
 from weightworks.store.dense import DenseView
 from weightworks.store.layout import Format
 from weightworks.store.shards import planned_bytes
@@ -99,6 +100,7 @@ class MergeJob:
         self.layout = self.planner.layout(self)
         self.continued = open_earlier(self)
         self.statistics = open_statistics(self)
+        self.masks  # noqa: B018 (what is pruned in different places is refused now)
 
     def choose(self, members: Sequence[int]) -> None:
         """Merge ``members`` alone, numbers among the models. The output's tensors stay the same."""
@@ -160,6 +162,11 @@ class MergeJob:
         """Every tensor of the output, in order of names."""
         return [part.spec for part in self.parts]
 
+    @cached_property
+    def masks(self) -> dict[str, Carried]:
+        """The masks of the output, by tensor; differing ones of the models are refused."""
+        return carried_masks(self)
+
     @property
     def merged(self) -> list[Part]:
         """The parts that a method makes."""
@@ -167,13 +174,15 @@ class MergeJob:
 
     @property
     def side(self) -> dict[str, list[TensorSpec]]:
-        """Files beside the weights: what a method keeps of every tensor so that the merge can be continued."""
+        """Files beside the weights: what a method keeps of every tensor so that the merge can be continued; masks."""
+        found = {MASKS: [one.spec(name) for name, one in self.masks.items()]} if self.masks else {}
         if not getattr(self.method, "STATE", False):
-            return {}
+            return found
         return {
+            **found,
             STATE_FILE: [
                 TensorSpec(STATE_PREFIX + part.spec.name, part.spec.shape, torch.float32) for part in self.merged
-            ]
+            ],
         }
 
     @property
@@ -326,7 +335,9 @@ def open_inputs(names: Sequence[str], *, allow_pickle: bool) -> list[Input]:
     found, problems = [], []
     for name in names:
         try:
-            found.append(Input.of(Checkpoint.open(name, allow_pickle=allow_pickle)))
+            checkpoint = Checkpoint.open(name, allow_pickle=allow_pickle)
+            refuse_filled(checkpoint)
+            found.append(Input.of(checkpoint))
         except WeightworksError as error:
             problems.append(error)
     if len(problems) == 1:

@@ -22,6 +22,7 @@ from weightworks.engine.mergejob import MergeJob
 from weightworks.engine.mergeplan import Part
 from weightworks.errors import MethodError, VerificationError
 from weightworks.stage.merging import STATE, Slab, Survey
+from weightworks.store.masks import SUFFIX
 from weightworks.store.writer import CheckpointWriter
 from weightworks.stream.memory import kept_for_reuse
 
@@ -46,23 +47,24 @@ def slab_rows(shape: tuple[int, ...], inputs: int, most: int = SLAB) -> int:
 @dataclass(frozen=True)
 class Correction:
     """What rows of a merged weight [out, in] are multiplied by, float32 [out], and what is added to them then, for biases.
-    ``transposed``: the tensor is stored as [in, out]."""
+    ``transposed``: the tensor is stored as [in, out]. ``left``: how far means stay off, since there is nothing to add to."""
 
     scale: torch.Tensor
     shift: torch.Tensor | None = None
     transposed: bool = False
+    left: float = 0.0
 
     @classmethod
     def of(cls, facts: Mapping[str, Any]) -> Correction:
         """From what :meth:`facts` gave."""
         scale, shift = (None if facts[key] is None else torch.tensor(facts[key]) for key in ("scale", "shift"))
         assert scale is not None
-        return cls(scale, shift, facts["transposed"])
+        return cls(scale, shift, facts["transposed"], facts["left"])
 
     def facts(self) -> dict[str, Any]:
         """As JSON-compatible data, exactly."""
         shift = None if self.shift is None else self.shift.tolist()
-        return {"scale": self.scale.tolist(), "shift": shift, "transposed": self.transposed}
+        return {"scale": self.scale.tolist(), "shift": shift, "transposed": self.transposed, "left": self.left}
 
     def made(self, rows: torch.Tensor, start: int = 0) -> torch.Tensor:
         """Rows ``start:`` of the stored tensor, corrected."""
@@ -204,6 +206,8 @@ class Merging:
         found = self.surveyed[id(method)]
         for survey in surveys_of(method, "tensor"):
             found = survey.conclude(self._look(part, survey, found), found)
+        carried = self.job.masks.get(part.spec.name)
+        kept = None if carried is None else carried.kept().to(self.job.device)
         for slab in self._slabs(part, method):
             expected = slab.models[0].shape
             result = method.merge(slab, found)
@@ -211,10 +215,14 @@ class Merging:
                 raise VerificationError(
                     f"{self.job.label} made {list(result.shape)} of '{slab.name}', expected {list(expected)}"
                 )
+            if kept is not None:  # what is zero in all models may not be in what a method makes of them
+                result = result.masked_fill(~kept[slab.start : slab.start + result.shape[0]], 0)
             yield result
 
     def _merge(self, part: Part) -> None:
         name, shape, dtype = part.spec.name, part.spec.shape, part.spec.dtype
+        if (carried := self.job.masks.get(name)) is not None:
+            self.writer.put(name + SUFFIX, carried.packed())
         correction, start = self.corrections.get(name), 0
         with self.writer.filling(name, shape, dtype) as append:
             for made in self.made(part):

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from weightworks.engine.blockwise import Written, prove_first
 from weightworks.engine.finish import stream_perplexity
+from weightworks.engine.imitating import Imitating, casting
 from weightworks.engine.job import Job
 from weightworks.engine.optimizer import Optimizer
 from weightworks.engine.teacher import Teacher
@@ -34,12 +35,13 @@ from weightworks.store.snapshot import Snapshot, write_snapshot
 from weightworks.store.writer import CheckpointWriter
 from weightworks.stream.lessons import Batch, Lessons
 from weightworks.stream.memory import release
-from weightworks.stream.skeleton import Skeleton
+from weightworks.stream.skeleton import DenseReader, Skeleton
 from weightworks.stream.whole import Whole
 
 SAVE_SECONDS = 60.0  # a run is put by no more often than this while it trains,
 SAVE_SHARE = 20  # nor does putting it by take more than one part in so many of its time
 EARLIER = "earlier.safetensors"  # values to go back to
+BEST = "best.safetensors"  # those of the best look at the held-out loss
 
 
 class Training:
@@ -59,6 +61,7 @@ class Training:
         self.method: Modelwise = job.method
         self.regime = self.method.regime()
         self.recompute, self.teacher = recompute, Teacher.of(job)
+        self.imitating: Imitating | None = None
         self.rounds: list[dict[str, Any]] = []  # facts of rounds begun
         self.losses: list[float] = []  # of steps since the last journal entry
         self.saves = 0
@@ -69,21 +72,34 @@ class Training:
         job, writer = self.job, self.writer
         job.returns_tuple = prove_first(job, writer, self.probe)
         dense = stream_perplexity(job, job.view, self.probe)
-        if self.teacher is not None and "teacher" not in writer.steps:
-            writer.done("teacher", {"held_out": self.teacher.loss(self.lessons)})
+        if self.teacher is not None:
+            self.teacher.measured(writer, self.lessons)
         if "trained" not in writer.steps:
             model = whole(job, self.dtype)
             try:
+                if self.teacher is not None and self.regime.imitates is not None:
+                    self.imitating = Imitating(job, writer, self.teacher, self.lessons, self.dtype)
                 model.load(masks=given_masks(job))
                 self._train(model)
-                rows = write_changed(job, writer, model)
-                carry_masks(job, writer)
+                rows = self._write(model)
                 writer.done("trained", {"rows": rows, "training": self._told(model)})
             finally:
                 model.unload()
+                if self.imitating is not None:
+                    self.imitating.close()
                 release()
-        result = stream_perplexity(job, Written(job, writer), self.probe)
+        result = stream_perplexity(job, self._written(), self.probe)
         return {**writer.steps["trained"], "dense": dense, "result": result}
+
+    def _write(self, model: Whole) -> list[dict[str, Any]]:
+        """Write what was trained; returns the report's rows."""
+        rows = write_changed(self.job, self.writer, model)
+        carry_masks(self.job, self.writer)
+        return rows
+
+    def _written(self) -> DenseReader:
+        """The model as it is written."""
+        return Written(self.job, self.writer)
 
     # Rounds and steps.
 
@@ -98,18 +114,29 @@ class Training:
                     self._begin(number, model)
                     optimizer.restart()
                 rates = self.method.rates(number, self.rounds[number]["begun"])
-                while step < steps:
+                while step < steps and not self._waited(number):
                     self._put_by(model, number, step)
+                    self._approach(model, number, step)
                     self._step(model, optimizer, number, step, rates[step])
                     step += 1
+                    self._look(model, number, step)
                     if step < steps and time.monotonic() - self.saved > max(SAVE_SECONDS, SAVE_SHARE * self.cost):
                         self._save(model, optimizer, number, step)
                 self._put_by(model, number, step)
+                self._approach(model, number, step)
+                self.rounds[number]["steps"] = step
                 self._end(number, model)
                 number, step = number + 1, 0
                 optimizer.restart()
                 self._save(model, optimizer, number, step)
+        self._approach(model, rounds, 0)
         self.job.progress.end()
+
+    def _approach(self, model: Whole, number: int, step: int) -> None:
+        """Let a method that changes what the model multiplies with as it trains do so."""
+        if hasattr(self.method, "approach"):
+            regime = self.regime
+            self.method.approach((number * regime.steps + step) / (regime.rounds * regime.steps), model)
 
     def _begin(self, number: int, model: Whole) -> None:
         before = self.rounds[-1]["held_out_after"] if self.rounds else self._held_out(model)
@@ -117,12 +144,19 @@ class Training:
         model.hold()
         facts = {"begun": begun, "held_out_before": before, "held_out_begun": self._held_out(model)}
         self.rounds.append(facts)
+        if self.regime.patience is not None:
+            facts["looks"] = [[0, facts["held_out_begun"]]]
+            write_snapshot(self.writer.scratch / BEST, model.values)
         self.job.progress.say(
             f"round {number + 1} of {self.regime.rounds}: held-out loss {told(facts, 'before', 'begun')}"
         )
 
     def _end(self, number: int, model: Whole) -> None:
         facts = self.rounds[number]
+        if "looks" in facts:
+            best = Snapshot(self.writer.scratch / BEST)
+            for name, value in model.values.items():
+                value.data.copy_(best.read(name))
         facts["held_out_after"] = self._held_out(model)
         facts["ended"] = self.method.end(number, model)
         self.job.progress.say(
@@ -134,7 +168,7 @@ class Training:
         regime = self.regime
         batch, loss = self.lessons.batch(number * regime.steps + step, regime.batch), 0.0
         for part in batch.parts(regime.parts):
-            share = self._loss(model, part) / batch.learned
+            share = self._aim(model, part) / batch.learned
             share.backward()
             loss += float(share.detach())
         norm = optimizer.step(rate)
@@ -142,10 +176,14 @@ class Training:
         self.losses.append(loss)
         self.job.progress.step(f"round {number + 1}, loss {loss:.4f}, rate {rate:.2e}")
 
+    def _aim(self, model: Whole, batch: Batch) -> torch.Tensor:
+        """What a step makes smaller, summed over what is learned of ``batch``."""
+        return self._loss(model, batch) if self.imitating is None else self.imitating.loss(model, batch)
+
     def _loss(self, model: Whole, batch: Batch) -> torch.Tensor:
         """The sum of the negative log-likelihoods (nats) of what is learned of ``batch``."""
         batch = batch.to(self.job.device)
-        with torch.autocast(self.job.device.type, self.dtype, enabled=self.dtype != torch.float32):
+        with casting(self.job.device, self.dtype):
             logits = model.model(input_ids=batch.tokens, use_cache=False).logits  # [n, seq, vocabulary]
         return nn.functional.cross_entropy(
             logits[:, :-1].float().flatten(0, 1), batch.labels[:, 1:].flatten(), reduction="sum"
@@ -158,6 +196,29 @@ class Training:
         for batch in self.lessons.held_out.batches(max(1, self.regime.batch // self.regime.parts)):
             total, learned = total + float(self._loss(model, batch)), learned + batch.learned
         return total / learned
+
+    # Stopping early.
+
+    def _look(self, model: Whole, number: int, step: int) -> None:
+        """After every so many steps, and the last: the held-out loss, and the values put by if it was never lower.
+
+        A run that is continued from before a look takes it again, and comes to the same file.
+        """
+        regime = self.regime
+        if regime.patience is None or (step % regime.look and step < regime.steps):
+            return
+        looks, loss = self.rounds[number]["looks"], self._held_out(model)
+        if loss < min(seen for _, seen in looks):
+            write_snapshot(self.writer.scratch / BEST, model.values)
+        looks.append([step, loss])
+        self.job.progress.say(f"held-out loss {loss:.4f} after step {step}, {best_look(looks)[1]:.4f} the best")
+
+    def _waited(self, number: int) -> bool:
+        """Whether the last looks, as many as patience is, were no better than the best before them."""
+        looks = self.rounds[number].get("looks")
+        if looks is None or self.regime.patience is None:
+            return False
+        return len(looks) - 1 - looks.index(best_look(looks)) >= self.regime.patience
 
     # Putting by, and going on.
 
@@ -215,16 +276,18 @@ class Training:
         """What the report says of the training."""
         trained = sum(value.numel() for value in model.values.values())
         losses = [loss for facts in self.writer.steps.values() for loss in facts.get("losses", ())]
-        steps, regime = self.regime.steps, self.regime
-        rounds = [
-            {**facts, "losses": curve(losses[number * steps : (number + 1) * steps])}
-            for number, facts in enumerate(self.rounds)
-        ]
+        regime, rounds, done, tokens = self.regime, [], 0, 0
+        for number, facts in enumerate(self.rounds):
+            taken, first = facts["steps"], number * regime.steps
+            rounds.append({**facts, "losses": curve(losses[done : done + taken])})
+            tokens += self.lessons.passed(first + taken, regime.batch) - self.lessons.passed(first, regime.batch)
+            done += taken
         return {
             "trained_parameters": trained,
             "trained_share": trained_share(self.job, trained),
-            "steps": regime.rounds * steps,
-            "tokens": self.lessons.passed(regime.rounds * steps, regime.batch),
+            "steps": done,
+            **({"steps_allowed": regime.rounds * regime.steps} if regime.patience is not None else {}),
+            "tokens": tokens,
             "held_out": {
                 "before": self.rounds[0]["held_out_before"],
                 "after": self.rounds[-1]["held_out_after"],
@@ -232,6 +295,11 @@ class Training:
             },
             "rounds": rounds,
         }
+
+
+def best_look(looks: list[list[float]]) -> list[float]:
+    """The first of the lowest losses, with its step."""
+    return min(looks, key=lambda look: look[1])
 
 
 def told(facts: dict[str, Any], *when: str) -> str:

@@ -11,6 +11,7 @@ from weightworks.engine.finish import PROOF_TOKENS, Runnable
 from weightworks.engine.job import Job
 from weightworks.errors import MethodError
 from weightworks.store.dense import DenseView
+from weightworks.store.writer import CheckpointWriter
 from weightworks.stream.activations import Activations
 from weightworks.stream.lessons import IGNORED, Lessons
 from weightworks.stream.passes import Windows, shell, stream_losses
@@ -35,13 +36,14 @@ class Teacher:
             return None
         view = DenseView(job.teacher)
         skeleton = build(view, trust_remote_code=job.settings.trust_remote_code)
-        if job.method.regime().window is not None:
+        regime = job.method.regime() if hasattr(job.method, "regime") else None
+        if regime is None or regime.window is not None:  # blocks are laid side by side
             same = set(skeleton.pieces) == set(job.skeleton.pieces)
             if not same or skeleton.mismatches(DenseView(job.checkpoint)):
                 raise MethodError(
                     f"{job.teacher.source}: cannot be imitated block by block: it is of another shape than "
                     f"{job.checkpoint.source}",
-                    hint="give the model as it was before it was pruned, or take --mode retrain",
+                    hint="give the model as it was before it was pruned, or take --method distill",
                 )
         own, others = (int(one.model.config.get_text_config().vocab_size) for one in (job.skeleton, skeleton))
         if own != others:
@@ -51,12 +53,22 @@ class Teacher:
             )
         return cls(view, skeleton, job.device, job.target)
 
+    @property
+    def width(self) -> int:
+        """Of its hidden states."""
+        return int(self.skeleton.model.config.get_text_config().hidden_size)
+
+    def measured(self, writer: CheckpointWriter, lessons: Lessons) -> float:
+        """:meth:`loss`, a step of the journal; from then on it can be streamed."""
+        if "teacher" not in writer.steps:
+            writer.done("teacher", {"held_out": self.loss(lessons), "returns_tuple": self.returns_tuple})
+        self.returns_tuple = writer.steps["teacher"]["returns_tuple"]
+        return float(writer.steps["teacher"]["held_out"])
+
     def loss(self, lessons: Lessons) -> float:
         """Its mean loss on the held-out rows, nats a token."""
         with shell(self.skeleton, self.view, self.device):
-            rows = [
-                part.batch([0]).tokens for part in (lessons.held_out, lessons.rows)
-            ]  # one held out may be all there is
+            rows = [one.batch([0]).tokens for one in (lessons.held_out, lessons.rows)]  # there is one of each at least
             length = min(PROOF_TOKENS, *(row.shape[1] for row in rows))
             proof = torch.cat([row[:, :length] for row in rows]).to(self.device)
             self.returns_tuple = prove(self.skeleton, self.view, proof)

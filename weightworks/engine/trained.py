@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from weightworks.engine.imitating import check_imitable
 from weightworks.engine.job import Job
 from weightworks.engine.teacher import Teacher
 from weightworks.errors import MethodError
@@ -24,6 +25,7 @@ CURVE = 50  # points of the loss curve that the report has of a round
 
 def check_trainable(job: Job) -> None:
     """Refuse a training of nothing, one without the mask it needs, and an imitation of what cannot be imitated."""
+    check_imitable(job)
     window = job.method.regime().window
     if Teacher.of(job) is None and window is not None:
         raise MethodError(f"{job.label}: reconstruction imitates the original", hint="name it: --teacher ORIGINAL")
@@ -45,7 +47,7 @@ def given_masks(job: Job) -> Iterator[tuple[str, torch.Tensor]]:
     for name in job.masks.infos if job.masks is not None else ():
         if name in job.linears:
             assert job.masks is not None
-            yield name, turned(job.masks.read(name, job.checkpoint.info(name).shape), job.linears[name])
+            yield name, turned(job.masks.read(name, job.view.shape(name)), job.linears[name])
 
 
 def masked_tensors(job: Job) -> set[str]:
@@ -55,10 +57,7 @@ def masked_tensors(job: Job) -> set[str]:
 
 def whole(job: Job, dtype: torch.dtype) -> Whole:
     """The job's model, to be loaded."""
-    head = job.outline.head
-    linears = dict(job.linears)
-    if head is not None and head.tensor in job.subset.adapters:
-        linears[head.tensor] = head
+    linears = {name: one for name, one in job.adaptable.items() if name in job.linears or name in job.subset.adapters}
     return Whole(job.skeleton, job.view, linears, job.subset, dtype, job.device, seed=job.settings.seed)
 
 
@@ -103,7 +102,7 @@ def distance(weight: torch.Tensor, original: torch.Tensor) -> float:
 
 def trained_share(job: Job, trained: int) -> float:
     """``trained`` parameters as a share of the model's."""
-    return trained / sum(math.prod(info.shape) for info in job.checkpoint.tensors.values())
+    return trained / sum(math.prod(spec.shape) for spec in job.view.specs)
 
 
 def refuse_divergence(job: Job, writer: CheckpointWriter, loss: float, norm: float, where: str) -> None:

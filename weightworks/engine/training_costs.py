@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -20,6 +21,7 @@ from weightworks.engine.estimate import (
 )
 from weightworks.engine.job import Job
 from weightworks.engine.machine import free_memory, resident, speeds
+from weightworks.engine.teacher import Teacher
 from weightworks.stream.lessons import Lessons
 from weightworks.stream.linears import Linear
 
@@ -48,11 +50,12 @@ def estimate_training(job: Job, lessons: Lessons, *, probe: tuple[int, int], dty
     phases["reloading the result"] = reloading(sizes, blocks)
     name = max(phases, key=lambda phase: phases[phase])
     trained, masked = _counts(job)
+    taught = _taught(job, lessons, dtype)
     state = 12 * trained + 2 * masked  # values, moments; masks, signs
-    put_by = 4 * trained if regime.remember is not None else 0
+    put_by = 4 * trained * ((regime.remember is not None) + (regime.patience is not None))
     return Estimate(
         output_bytes=job.weight_bytes,
-        disk_bytes=job.weight_bytes + 2 * state + put_by,
+        disk_bytes=job.weight_bytes + 2 * state + put_by + taught.disk,
         peak_bytes=phases[name],
         peak_phase=name,
         seconds=_seconds(job, lessons, dtype, recompute=recompute),
@@ -61,6 +64,8 @@ def estimate_training(job: Job, lessons: Lessons, *, probe: tuple[int, int], dty
         statistics_bytes=0,
         reload_blocks=blocks,
         recompute=recompute,
+        teacher_bytes=taught.memory,
+        taught_bytes=taught.disk,
     )
 
 
@@ -136,6 +141,39 @@ def _counts(job: Job) -> tuple[int, int]:
     return trained, sum(math.prod(linear.shape) for linear in job.linears.values())
 
 
+@dataclass(frozen=True)
+class Taught:
+    """Bytes that the teacher of a distillation takes while the model trains, in memory and on disk; ``passing`` more at its
+    largest, in a pass; ``tokens`` that pass it."""
+
+    memory: int = 0
+    disk: int = 0
+    passing: int = 0
+    tokens: int = 0
+
+
+def _taught(job: Job, lessons: Lessons, dtype: torch.dtype) -> Taught:
+    regime = job.method.regime()
+    wanted, teacher = regime.imitates, Teacher.of(job)
+    if wanted is None or teacher is None:
+        return Taught()
+    skeleton = teacher.skeleton
+    config = skeleton.model.config.get_text_config()
+    tokens = -(-regime.batch // regime.parts) * lessons.rows.longest
+    logits = 2 * 4 * tokens * config.vocab_size if wanted.logits else 0  # and their logarithms
+    count = len(skeleton.blocks)
+    kept = count if wanted.states else 1
+    states = tokens * teacher.width * dtype.itemsize * kept
+    outside = sum(skeleton.get(name).numel() for name in skeleton.names_of(None))
+    if not wanted.streamed:
+        total = sum(skeleton.get(name).numel() for name in skeleton.pieces)
+        passed = lessons.passed(regime.rounds * regime.steps, regime.batch)
+        return Taught(total * dtype.itemsize, 0, logits + states, passed)
+    rows = len(lessons.rows) * lessons.rows.longest
+    disk = rows * teacher.width * dtype.itemsize * (kept + 1)
+    return Taught(4 * outside if wanted.logits else 0, disk, logits + states, rows)
+
+
 def _phases(job: Job, s: Sizes, lessons: Lessons, dtype: torch.dtype, *, recompute: bool) -> dict[str, int]:
     """Peak bytes by phase."""
     skeleton, regime = job.skeleton, job.method.regime()
@@ -150,12 +188,13 @@ def _phases(job: Job, s: Sizes, lessons: Lessons, dtype: torch.dtype, *, recompu
     blocks = _kept(job, lessons, dtype)
     activations = len(blocks) * hidden + max(blocks) if recompute else sum(blocks)
     logits = LOGITS * 4 * tokens * config.vocab_size
-    held = s.base + weights + HELD * trained + 2 * masked  # masks and signs are bytes
+    taught = _taught(job, lessons, dtype)
+    held = s.base + weights + HELD * trained + 2 * masked + taught.memory  # masks and signs are bytes
     return with_heap(
         0,
         {
             "loading the model": held - 12 * trained + 4 * largest,
-            "training, forward and backward": held + cast + activations + logits,
+            "training, forward and backward": held + cast + activations + logits + taught.passing,
             "training, a step": held + STEPPING * largest,
             "pruning": held - 12 * trained + PRUNING * s.weight_count,
             "scoring": s.base + s.outside + 3 * s.logits,
@@ -193,7 +232,9 @@ def _seconds(job: Job, lessons: Lessons, dtype: torch.dtype, *, recompute: bool)
     passed = weights + config.hidden_size * config.vocab_size
     tokens = lessons.passed(regime.rounds * regime.steps, regime.batch)
     passes = FORWARD + BACKWARD + (FORWARD if recompute else 0)
-    held_out = (2 * regime.rounds + 1) * lessons.held_out.tokens.numel()
+    looks = 0 if regime.patience is None else regime.steps // regime.look + 1
+    held_out = ((2 + looks) * regime.rounds + 1) * lessons.held_out.tokens.numel()
+    held_out += _taught(job, lessons, dtype).tokens
     work = 2.0 * passed * (passes * tokens + held_out) / speed[str(dtype).removeprefix("torch.")]
     trained, _ = _counts(job)
     state = 12 * trained * regime.rounds

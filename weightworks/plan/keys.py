@@ -35,7 +35,8 @@ READING = (
     "reduces",
     "regime",
     "select",
-)  # what methods have that look at inputs, at gradients, at rows, or train
+    "renormalises",
+)  # of methods that look at inputs or rows, or train
 CALIBRATION = ("dataset", "num_samples", "seq_len", "dtype")  # settings of methods that look at inputs
 SHARDS = "max_shard_size"
 

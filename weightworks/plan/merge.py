@@ -12,6 +12,7 @@ from typing import Any
 
 from weightworks.engine.alignment import align, aligning_bytes
 from weightworks.engine.diagnosis import Diagnosis, diagnose
+from weightworks.engine.earlier import STATE_FILE
 from weightworks.engine.estimate import BYTES_A_SECOND, RUNTIME_BYTES, Estimate, refuse
 from weightworks.engine.finish import prove_written, publish, seal, stream_perplexity, verification, verify
 from weightworks.engine.machine import free_memory, pick_device, resident
@@ -180,7 +181,7 @@ def execute(
             "quality": quality,
             "diagnosis": diagnosis.facts(),
             "checks": checks,
-            "merge": {"found": merging.found if job.side else None},
+            "merge": {"found": merging.found if STATE_FILE in job.side else None},
         }
         return publish(job, writer, identity, rows, facts, files)
     except BaseException as error:

@@ -50,11 +50,12 @@ class Renormalising:
 
     def run(self, writer: CheckpointWriter, merging: Merging) -> dict[str, Any]:
         """Find the corrections; returns what provenance says of them."""
-        from weightworks.engine.renormalising import Renormaliser
+        from weightworks.engine.renormalising import Renormalised, Renormaliser
 
         self.job.progress.say(f"renormalising on {self.windows.source}")
         merging.survey()
-        facts = Renormaliser(self.job, writer, merging, self.windows.tokens).run()
+        what, corrections = Renormalised.of_merge(self.job, merging), merging.corrections
+        facts = Renormaliser(what, writer, self.job.progress, self.windows.tokens, corrections).run()
         return {"text": self.windows.facts(), **facts}
 
     def states_bytes(self) -> int:

@@ -11,16 +11,18 @@ from typing import Any
 
 import torch
 
+from weightworks.engine.beside import Beside, finish_adapter
 from weightworks.engine.blockwise import Blockwise, Written, prove_first
 from weightworks.engine.estimate import Estimate, estimate, refuse
 from weightworks.engine.executor import Executor
 from weightworks.engine.finish import copy_rest, finish, stream_perplexity
 from weightworks.engine.gradients import Backward, solved
-from weightworks.engine.job import Job, digest_of
+from weightworks.engine.job import Job, digest_of, refuse_filled
 from weightworks.engine.machine import pick_device
 from weightworks.engine.modelwise import Training
 from weightworks.engine.reconstruct import Reconstruction
 from weightworks.engine.reducing import ReduceJob, Run, reduce
+from weightworks.engine.repairing import check_repairable, repair
 from weightworks.engine.smoothing import smooth
 from weightworks.engine.survey import run_surveys
 from weightworks.engine.tensorwise import run_tensorwise
@@ -97,6 +99,8 @@ def run_stage(
     module = entry.load()
     method = module.Method(module.Options.parse(options, where=entry.label))
     checkpoint = opened(model, settings, called)
+    if kind != "prune":
+        refuse_filled(checkpoint)
     original = None if teacher is None else opened(teacher, settings, called)
     target = (output_dir or default_target(checkpoint, name, method.options)).absolute()
     keep_inputs(target, [checkpoint, *([original] if original else [])])
@@ -114,10 +118,12 @@ def run_stage(
         check_trainable(job)
         text = lessons(job)
     elif reads_text(method):
+        if isinstance(job, Job) and hasattr(method, "renormalises"):
+            check_repairable(job)
         text = calibrate(job)
     probe = check_windows(checkpoint, job.skeleton, trust_remote_code=settings.trust_remote_code)
-    dtype = torch.float32  # also what gradients are computed in
-    if text is not None and not by_gradients(method):
+    dtype = torch.float32  # what gradients and moments of outputs are computed in
+    if text is not None and not by_gradients(method) and not hasattr(method, "renormalises"):
         dtype = dtype_of_passes(job)
     data: dict[str, Any] = {} if text is None else {"calibration": text.digest, "dtype": str(dtype)}
     announce(resolved(job, text, dtype))
@@ -150,6 +156,8 @@ def estimated(job: Job | ReduceJob, text: Text | None, probe: tuple[int, int], d
         return estimate_training(job, text, probe=probe, dtype=dtype)
     held_out = 0 if text is None or text.held_out is None else len(text.held_out)
     tokens = None if text is None else (text.tokens.shape[0] + held_out, text.tokens.shape[1])
+    if tokens is not None and hasattr(job.method, "renormalises"):
+        tokens = 2 * tokens[0], tokens[1]  # of the original too
     return estimate(job, tokens=tokens, probe=probe, dtype=dtype)
 
 
@@ -181,51 +189,17 @@ def execute(
             assert calibration is not None
             run = Run(writer, calibration, probe, dtype, costs.on_disk, costs.statistics_bytes)
             return reduce(job, run, identity, calibrated(job, calibration, dtype), costs.reload_blocks)
-        smoothing = smooth(job, writer, calibration, probe, dtype, on_disk=costs.on_disk)
-        run_surveys(job, writer, calibration, probe, dtype, on_disk=costs.on_disk)
-        if isinstance(text, Lessons):
-            if job.method.regime().window is None:
-                results = Training(job, writer, text, probe, dtype, recompute=costs.recompute).run()
-            else:
-                results = Reconstruction(job, writer, text, probe, dtype, on_disk=costs.on_disk).run()
-            copy_rest(job, writer)
-            whole = costs.reload_blocks == len(job.skeleton.blocks)
-            results["partial"] = results["result"] if whole else None
-        elif calibration is not None and job.blockwise:
-            results = Blockwise(
-                job,
-                writer,
-                calibration,
-                probe,
-                dtype,
-                on_disk=costs.on_disk,
-                statistics_bytes=costs.statistics_bytes,
-                reload_blocks=costs.reload_blocks,
-            ).run()
-            copy_rest(job, writer)
-        else:
-            job.returns_tuple = prove_first(job, writer, probe)
-            if calibration is not None and by_gradients(job.method):
-                rows = Backward(
-                    job, writer, calibration, probe, on_disk=costs.on_disk, traced_bytes=costs.statistics_bytes
-                ).run(solved(job, writer))
-            else:
-                rows = run_tensorwise(job, writer, None if smoothing else executor)
-            results = {"rows": rows, "dense": stream_perplexity(job, job.view, probe)}
-            copy_rest(job, writer)
-            written = Written(job, writer)
-            results["result"] = stream_perplexity(job, written, probe)
-            results["partial"] = stream_perplexity(job, written, probe, costs.reload_blocks)
+        results = worked(job, writer, text, probe, dtype, costs, executor)
         facts: dict[str, Any] = {
-            "size": sizes(job, results["rows"]),
+            **({} if job.keeps_adapter else {"size": sizes(job, results["rows"])}),
             **({"format": f"{job.format.name}: {told(job.scheme)}"} if job.format and job.scheme else {}),
             "quality": {key: results[key] for key in ("dense", "result")},
-            **smoothing,
-            **({"training": results["training"]} if "training" in results else {}),
-            **({"norms": results["norms"]} if "norms" in results else {}),
+            **{key: results[key] for key in ("smoothing", "training", "renormalisation", "norms") if key in results},
         }
         if text is not None:
             facts |= calibrated(job, text, dtype)
+        if job.keeps_adapter:
+            return finish_adapter(job, writer, identity, results, facts, probe=probe)
         return finish(
             job,
             writer,
@@ -249,6 +223,63 @@ def execute(
     finally:
         writer.close()
         job.progress.close()
+
+
+def worked(
+    job: Job,
+    writer: CheckpointWriter,
+    text: Text | None,
+    probe: torch.Tensor,
+    dtype: torch.dtype,
+    costs: Estimate,
+    executor: Executor | None,
+) -> dict[str, Any]:
+    """Make and write every tensor by the loop of the method's shape; returns the report's ``rows``, perplexities on the
+    probe, and what else is to be told."""
+    calibration = None if isinstance(text, Lessons) else text
+    smoothing = smooth(job, writer, calibration, probe, dtype, on_disk=costs.on_disk)
+    run_surveys(job, writer, calibration, probe, dtype, on_disk=costs.on_disk)
+    if isinstance(text, Lessons) and job.keeps_adapter:
+        results = Beside(job, writer, text, probe, dtype, recompute=costs.recompute).run()
+    elif isinstance(text, Lessons):
+        if job.method.regime().window is None:
+            results = Training(job, writer, text, probe, dtype, recompute=costs.recompute).run()
+        else:
+            results = Reconstruction(job, writer, text, probe, dtype, on_disk=costs.on_disk).run()
+        copy_rest(job, writer)
+        whole = costs.reload_blocks == len(job.skeleton.blocks)
+        results["partial"] = results["result"] if whole else None
+    elif calibration is not None and hasattr(job.method, "renormalises"):
+        results = repair(job, writer, calibration, probe, on_disk=costs.on_disk)
+        copy_rest(job, writer)
+        whole = costs.reload_blocks == len(job.skeleton.blocks)
+        results["partial"] = results["result"] if whole else None
+    elif calibration is not None and job.blockwise:
+        results = Blockwise(
+            job,
+            writer,
+            calibration,
+            probe,
+            dtype,
+            on_disk=costs.on_disk,
+            statistics_bytes=costs.statistics_bytes,
+            reload_blocks=costs.reload_blocks,
+        ).run()
+        copy_rest(job, writer)
+    else:
+        job.returns_tuple = prove_first(job, writer, probe)
+        if calibration is not None and by_gradients(job.method):
+            rows = Backward(
+                job, writer, calibration, probe, on_disk=costs.on_disk, traced_bytes=costs.statistics_bytes
+            ).run(solved(job, writer))
+        else:
+            rows = run_tensorwise(job, writer, None if smoothing else executor)
+        results = {"rows": rows, "dense": stream_perplexity(job, job.view, probe)}
+        copy_rest(job, writer)
+        written = Written(job, writer)
+        results["result"] = stream_perplexity(job, written, probe)
+        results["partial"] = stream_perplexity(job, written, probe, costs.reload_blocks)
+    return results | smoothing
 
 
 def calibrated(job: Job | ReduceJob, text: Text, dtype: torch.dtype) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from weightworks.report.norms import norms
 from weightworks.report.reduction import parameters
 from weightworks.report.reduction import run_time as time_of_smaller
 from weightworks.report.sparsity import factored_run_time, factors, run_time, sparsity, weight_on_disk
-from weightworks.report.training import training
+from weightworks.report.training import renormalised, training
 from weightworks.store.checkpoint import Checkpoint
 
 TEMPLATE = """---
@@ -71,6 +71,8 @@ def model_card(source: Checkpoint, name: str, provenance: dict[str, Any], dequan
         rows.append(("norms tuned", norms(provenance["norms"])))
     if "training" in provenance:
         rows.append(("training", training(provenance["training"])))
+    if (renormalisation := provenance.get("renormalisation")) is not None:
+        rows.append(("rows renormalised", renormalised(renormalisation)))
     if provenance.get("calibration"):
         facts = provenance["calibration"]
         what = "training text" if "training" in provenance else "calibration"
@@ -115,7 +117,8 @@ def _done(label: str, options: Mapping[str, Any], *, factored: bool) -> str:
     bits, group = bits_of(options), options.get("group_size")
     grid = "one scale a row" if group == -1 else f"groups of {group}"
     if kind == "recover":
-        return f"trained to win back what pruning cost, zeros held ({method})"
+        how = "renormalised" if method == "renormalise" else "trained"
+        return f"{how} to win back what pruning cost, zeros held ({method})"
     if kind != "prune" and (hardware(options) is not None or group is None):
         return f"quantized to {options.get('scheme')} ({method})"
     if kind != "prune":
@@ -148,8 +151,8 @@ def merge_card(models: Sequence[Checkpoint], base: Checkpoint | None, name: str,
         rows += _chosen(selection, members)
     if (alignment := provenance.get("alignment")) is not None:
         rows.append(("units aligned", _aligned(alignment)))
-    if (renormalised := provenance.get("renormalisation")) is not None:
-        rows.append(("rows renormalised", _renormalised(renormalised)))
+    if (renormalisation := provenance.get("renormalisation")) is not None:
+        rows.append(("rows renormalised", renormalised(renormalisation)))
     if quality:
         before = f"{quality['dense']:.3f} for `{base.name if base else members[0]}`, "
         rows.append(("perplexity on the built-in check text", f"{before}{quality['result']:.3f} merged"))
@@ -176,13 +179,28 @@ def merge_card(models: Sequence[Checkpoint], base: Checkpoint | None, name: str,
     )
 
 
-def adapter_card(names: Sequence[str], base: Checkpoint | None, name: str, provenance: dict[str, Any]) -> str:
-    """The card of a LoRA adapter called ``name``, made of other adapters or extracted from a checkpoint."""
+def trained_adapter_card(base: Checkpoint, name: str, provenance: dict[str, Any]) -> str:
+    """The card of a LoRA adapter called ``name`` that was trained on ``base``."""
+    sentence = f"trained on `{base.name}`, which stays as it is ({provenance['identity']['method'].split('.')[-1]})"
+    return adapter_card([], base, name, provenance, sentence, command(provenance, base))
+
+
+def adapter_card(
+    names: Sequence[str],
+    base: Checkpoint | None,
+    name: str,
+    provenance: dict[str, Any],
+    sentence: str | None = None,
+    line: str | None = None,
+) -> str:
+    """The card of a LoRA adapter called ``name``, made of other adapters or extracted from a checkpoint; ``sentence`` and the
+    command ``line`` are told where it was made otherwise."""
     identity, size, rows = provenance["identity"], provenance["size"], provenance["report"]
     method = identity["method"].split(".")[-1]
     known = str(provenance["config"]["base_model_name_or_path"] or (base.name if base is not None else "unknown"))
-    what = _joined([f"`{one}`" for one in names])
-    sentence = f"{what} relative to `{known}`" if method == "extract" else f"{what} merged by {method}"
+    what = _joined([f"`{one}`" for one in names or [known]])
+    if sentence is None:
+        sentence = f"{what} relative to `{known}`" if method == "extract" else f"{what} merged by {method}"
     ranks = sorted({row["rank"] for row in rows if row.get("rank")})
     shown = f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}" if ranks else "none"
     facts = [("adapter file", f"{size['bytes_out']:,} bytes, rank {shown}")]
@@ -191,10 +209,13 @@ def adapter_card(names: Sequence[str], base: Checkpoint | None, name: str, prove
         facts.append((f"distance from {against}", f"{share['total']:.3%} of its norm, {share['stored']:.3%} as stored"))
     for key, value in (provenance.get("quality") or {}).items():
         facts.append((f"perplexity on the built-in check text, {key}", f"{value:.3f}"))
+    if "training" in provenance:
+        facts.append(("training", training(provenance["training"])))
     facts.append(("checked with", provenance["checks"]["loader"]))
     degraded = provenance["fallbacks"]
-    listed = "\n".join(f"- {line}" for line in degraded)
-    front = [f"base_model: {known}", "library_name: peft", "tags:", "- weightworks", "- lora", "- merge"]
+    listed = "\n".join(f"- {text}" for text in degraded)
+    front = [f"base_model: {known}", "library_name: peft", "tags:", "- weightworks", "- lora"]
+    front += [] if line else ["- merge"]
     loading = [
         "from peft import PeftModel",
         "from transformers import AutoModelForCausalLM\n",
@@ -213,7 +234,7 @@ def adapter_card(names: Sequence[str], base: Checkpoint | None, name: str, prove
         sentence=f"A LoRA adapter: {sentence}.",
         facts="\n".join(f"| {key} | {value} |" for key, value in facts),
         snippet="\n".join(loading),
-        command=" ".join([*words, *flags({**identity["options"], "seed": identity["seed"]})]),
+        command=line or " ".join([*words, *flags({**identity["options"], "seed": identity["seed"]})]),
         fallbacks=f"## Not as it seems\n\n{listed}\n" if degraded else "",
     )
 
@@ -239,15 +260,6 @@ def _aligned(alignment: Mapping[str, Any]) -> str:
     moved = [row["gain"] for row in parts if row["gain"] >= alignment["least_gain"]]
     gains = f", nearer by a cosine of up to {max(moved):.3f}" if moved else "; no other order was nearer"
     return f"in {len(moved)} of {len(parts)} parts of blocks{gains}"
-
-
-def _renormalised(facts: Mapping[str, Any]) -> str:
-    """On what, and how far rows were scaled."""
-    rows = facts["factors"].values()
-    least, greatest = (
-        pick((row[key] for row in rows), default=1.0) for pick, key in ((min, "least"), (max, "greatest"))
-    )
-    return f"on {facts['text']['source']}, by {least:.3f} to {greatest:.3f}"
 
 
 def _figure(value: float | None) -> str:

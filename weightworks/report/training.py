@@ -1,4 +1,4 @@
-"""What a training came to, in words: for the terminal and for the model card."""
+"""What a training or a renormalisation came to, in words: for the terminal and for the model card."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ def training(facts: Mapping[str, Any]) -> str:
     how_long = f"{facts['steps']} steps" + (
         f" in {rounds} rounds" if rounds > 1 else f" in {blocks} blocks" if blocks else ""
     )
+    if facts["steps"] < facts.get("steps_allowed", 0):
+        how_long += f" of {facts['steps_allowed']}, stopped early"
     losses = facts["held_out"]
     if (teacher := losses.get("teacher")) is not None:
         original = f", {teacher:.4f} of the original"
@@ -23,3 +25,14 @@ def training(facts: Mapping[str, Any]) -> str:
         f"{facts['trained_parameters']:,} parameters ({facts['trained_share']:.2%} of the model), {how_long} on "
         f"{facts['tokens']:,} tokens; held-out loss {losses['before']:.4f} before, {losses['after']:.4f} after{original}"
     )
+
+
+def renormalised(facts: Mapping[str, Any]) -> str:
+    """On what, how far rows were scaled, and what could not be met."""
+    rows = facts["factors"].values()
+    least, greatest = (
+        pick((row[key] for row in rows), default=1.0) for pick, key in ((min, "least"), (max, "greatest"))
+    )
+    left = facts.get("means_left", {})
+    means = f"; deviations alone in {len(left)} layers, which have no bias for the means" if left else ""
+    return f"on {facts['text']['source']}, by {least:.3f} to {greatest:.3f}{means}"

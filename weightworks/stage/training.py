@@ -20,16 +20,34 @@ RECONSTRUCTED = 128  # windows that blocks are trained on
 
 
 @dataclass(frozen=True)
+class Imitation:
+    """What a whole model imitates of a teacher: the loss is a sum of three, each a mean over the tokens that are learned.
+
+    ``text`` weighs the language model's loss, ``logits`` the divergence from the teacher's at a ``temperature``, ``states`` the
+    relative distance of hidden states after every block. ``streamed``: the teacher passes all rows once, block by block, before
+    the training, and its hidden states wait on disk; otherwise it is whole in memory and passes each batch.
+    """
+
+    text: float
+    logits: float
+    states: float
+    temperature: float = 1.0
+    streamed: bool = False
+
+
+@dataclass(frozen=True)
 class Regime:
     """How the loop runs. Of each of ``rounds`` rounds ``steps`` optimizer steps, a step on ``batch`` windows in ``parts``.
 
     ``decay`` is AdamW's, of matrices; ``clip`` the norm that gradients are scaled down to, 0 for none; ``held_out`` how many
     windows are set aside. After step ``remember`` of the first round (0: before its first) all trained values are put by, to
-    go back to. ``recompute`` runs blocks again in the backward pass; None leaves it to the memory there is.
+    go back to. With ``patience`` the held-out loss is looked at after every ``look`` steps; a round ends once so many looks in
+    turn were no better than the best, and has the values of the best. ``recompute`` runs blocks again in the backward pass;
+    None leaves it to the memory there is.
 
     With a ``window`` blocks are trained one after the other, in one round each, to give what the original's give: ``inputs``
     tells whose inputs a block gets, of the pruned model or the original, ``targets`` whether the original's block gets the
-    same (local) or those of its own.
+    same (local) or those of its own. Of a whole model, ``imitates`` says what it learns of a teacher beside the text.
     """
 
     steps: int
@@ -44,6 +62,9 @@ class Regime:
     window: Literal["block", "attn", "mlp", "both"] | None = None
     inputs: Literal["sparse", "dense"] = "sparse"
     targets: Literal["local", "trajectory"] = "local"
+    imitates: Imitation | None = None
+    patience: int | None = None
+    look: int = 10
 
     @property
     def windows(self) -> int:
@@ -56,6 +77,9 @@ class Modelwise(Protocol):
 
     It keeps no state of its own: what must survive an interruption is in the model (``Whole.extra``) or in the facts that
     ``begin`` and ``end`` return, which are JSON-compatible, journalled, and part of the report.
+
+    A method whose layers change as they are trained has ``approach(share, model)``, called before every step and after the
+    last with the share of all steps that is done; it must come to the same from there alone, and from ``Whole.extra``.
     """
 
     options: Options

@@ -28,10 +28,11 @@ def keyed(seed: int, name: str) -> torch.Generator:
 @dataclass(frozen=True)
 class Batch:
     """Rows side by side, int64 [n, longest]: ``tokens``, 0 where a row has ended, and ``labels``, IGNORED where nothing is
-    learned. Tokens are seen by those after them alone, so what follows a row does not matter."""
+    learned. Tokens are seen by those after them alone, so what follows a row does not matter. ``places`` are the rows'."""
 
     tokens: torch.Tensor
     labels: torch.Tensor
+    places: tuple[int, ...]
 
     @property
     def learned(self) -> int:
@@ -42,15 +43,17 @@ class Batch:
         """The same with rows of ``length``."""
         more = (0, length - self.tokens.shape[1])
         pad = torch.nn.functional.pad
-        return Batch(pad(self.tokens, more), pad(self.labels, more, value=IGNORED))
+        return Batch(pad(self.tokens, more), pad(self.labels, more, value=IGNORED), self.places)
 
     def to(self, device: torch.device) -> Batch:
-        return Batch(self.tokens.to(device), self.labels.to(device))
+        return Batch(self.tokens.to(device), self.labels.to(device), self.places)
 
     def parts(self, count: int) -> Iterator[Batch]:
         """The same in at most so many parts."""
+        start = 0
         for tokens, labels in zip(self.tokens.chunk(count), self.labels.chunk(count), strict=True):
-            yield Batch(tokens, labels)
+            yield Batch(tokens, labels, self.places[start : start + len(tokens)])
+            start += len(tokens)
 
 
 @dataclass(frozen=True)
@@ -92,7 +95,7 @@ class Rows:
         for row, (start, stop) in enumerate(spans):
             tokens[row, : stop - start] = self.tokens[start:stop]
             labels[row, : stop - start] = self.tokens[start:stop].long().masked_fill(~self.learned[start:stop], IGNORED)
-        return Batch(tokens, labels)
+        return Batch(tokens, labels, tuple(places))
 
     def batches(self, size: int) -> Iterator[Batch]:
         """All rows in their order, ``size`` at a time."""

@@ -14,7 +14,7 @@ CALM = 0.01  # what blocks of a deep model add is small beside what passes them,
 WIDTH = 128  # divisible by the usual group sizes
 
 
-def make_model(folder: Path, *, blocks: int = 2, experts: int = 0) -> Path:
+def make_model(folder: Path, *, blocks: int = 2, experts: int = 0, width: int = WIDTH) -> Path:
     """Write the model to ``folder`` in the layout of transformers, the same bytes every time; returns the folder.
 
     With ``experts`` it is a Mixtral, whose feed-forward parts are mixtures of so many.
@@ -27,8 +27,8 @@ def make_model(folder: Path, *, blocks: int = 2, experts: int = 0) -> Path:
         **({"num_local_experts": experts, "sliding_window": None} if experts else {}),
         architectures=["MixtralForCausalLM" if experts else "LlamaForCausalLM"],
         vocab_size=VOCABULARY,
-        hidden_size=WIDTH,
-        intermediate_size=2 * WIDTH,
+        hidden_size=width,
+        intermediate_size=2 * width,
         num_hidden_layers=blocks,
         num_attention_heads=4,
         num_key_value_heads=2,

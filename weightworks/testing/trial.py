@@ -123,7 +123,15 @@ class Trial:
         options = self.options if values is None else {**BRIEF, **values}
         settings = Settings(**CALIBRATION, dataset=str(CALIBRATION_TEXT))
         with told(f"{self.label} with its defaults does not run on {self.model}"), one_thread():
-            run_stage(self.entry.kind, self.entry.name, str(self.model), options, settings, output_dir=target)
+            run_stage(
+                self.entry.kind,
+                self.entry.name,
+                str(self.model),
+                options,
+                settings,
+                teacher=str(self.model) if self.entry.kind == "recover" else None,  # it may be its own
+                output_dir=target,
+            )
         return target
 
 

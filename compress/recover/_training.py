@@ -1,0 +1,202 @@
+"""What methods that train a pruned model share: what is trained of it, and how a choice becomes parameters and adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Self
+
+import torch
+from pydantic import Field, field_validator, model_validator
+
+from compress.rates import SCHEDULES
+from compress.schemes import ALWAYS_IGNORED, Patterns
+from compress.training import TrainingOptions
+
+if TYPE_CHECKING:
+    from weightworks.stream.whole import Outline, Subset, Whole
+
+PARTS = ("bias", "norm", "head", "adapters", "weights", "full")
+ONE_OF = ("adapters", "weights", "full")  # ways to train a linear layer
+
+
+class RecoveryOptions(TrainingOptions):
+    """Options of methods that train any part of a pruned model."""
+
+    train: list[str] = Field(
+        default=["bias", "norm", "adapters"],
+        description="what is trained, one or several of: bias, norm (gains and biases of normalisation), head (LoRA on an "
+        "output layer that is not the embedding), adapters (of the linear layers), weights (all of those layers, under "
+        "their masks, instead of adapters), full (every parameter of the model, under the masks)",
+    )
+    adapter: Literal["mask_lora", "scale_lora", "spp", "lora"] = Field(
+        "mask_lora",
+        description="how a weight W is adapted: mask_lora: W + s M * (BA); scale_lora: W * (BA); spp: W + s W * (BA); lora: "
+        "W + s BA, not merged: the output is an adapter for PEFT, the model may be quantized and stays as it is",
+    )
+    rank: int = Field(16, ge=1, description="rank of A and B")
+    alpha: float = Field(32.0, gt=0, description="s is alpha / rank")
+    schedule: Literal["ft", "lrw", "slr", "clr", "llr"] = Field("llr", description=SCHEDULES)
+    lr: float = Field(5e-4, gt=0, description="highest learning rate (AdamW)")
+    ignore: Patterns = Field(
+        default=[],
+        description="layers without an adapter: globs, or regular expressions after re: (routers never have one)",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _kept(cls, values: Any) -> Any:
+        """What an adapter of PEFT holds is all that is trained, unless it is said otherwise."""
+        if isinstance(values, dict) and values.get("adapter") == "lora" and "train" not in values:
+            return {**values, "train": ["adapters"]}
+        return values
+
+    @model_validator(mode="after")
+    def _holds(self) -> Self:
+        if self.adapter == "lora" and (others := [part for part in self.train if part not in ("adapters", "head")]):
+            raise ValueError(
+                f"adapter lora is kept beside the model, which stays as it is: {', '.join(others)} cannot be trained"
+            )
+        return self
+
+    @field_validator("train")
+    @classmethod
+    def _known(cls, value: list[str]) -> list[str]:
+        parts = [part.strip() for text in value for part in text.split(",")]
+        if unknown := [part for part in parts if part not in PARTS]:
+            raise ValueError(f"'{unknown[0]}' is no part that can be trained; known: {', '.join(PARTS)}")
+        if not parts:
+            raise ValueError("something must be trained")
+        if len(ways := [part for part in ONE_OF if part in parts]) > 1:
+            raise ValueError(f"a layer is trained by its adapter or by its weights, not by both: {' and '.join(ways)}")
+        if "full" in parts and len({*parts}) > 1:
+            raise ValueError("full is every parameter: nothing can be added to it")
+        return [part for part in PARTS if part in parts]
+
+    @property
+    def ignored(self) -> list[str]:
+        """Patterns of all layers left as they are."""
+        return [*ALWAYS_IGNORED, *self.ignore]
+
+
+class WindowOptions(TrainingOptions):
+    """Options of methods that train block after block to give what the original's give."""
+
+    window: Literal["block", "attn", "mlp", "both"] = Field(
+        "block",
+        description="in reconstruction, what is imitated as one: the block, its attention, its MLP, or both in turn",
+    )
+    inputs: Literal["sparse", "dense"] = Field(
+        "sparse",
+        description="in reconstruction, a block's inputs: those that the pruned model makes so far, or the original's",
+    )
+    targets: Literal["local", "trajectory"] = Field(
+        "local",
+        description="in reconstruction, what the original's block gives on the same inputs (local), or in the original "
+        "(trajectory)",
+    )
+
+    def no_patience(self) -> None:
+        """Blocks are trained by their own errors: there is no loss of the model to wait for."""
+        if self.patience is not None:
+            raise ValueError(
+                "patience waits for the held-out loss of the whole model, which is not known block by block"
+            )
+
+
+class Recovery:
+    """What modelwise methods of recovery have in common; how the loop is to run, ``regime``, each says itself."""
+
+    masks = False  # it makes none, and keeps those there are
+    options: Any
+
+    @property
+    def parts(self) -> Sequence[str]:
+        """What is trained, of ``PARTS``."""
+        found: list[str] = self.options.train
+        return found
+
+    def scheme(self) -> None:
+        return None
+
+    def files(self) -> list[Path]:
+        found: list[Path] = self.options.files()
+        return found
+
+    @property
+    def keeps_adapter(self) -> bool:
+        """Whether the output is an adapter, and the model stays as it is."""
+        return getattr(self.options, "adapter", None) == "lora"
+
+    @property
+    def by_blocks(self) -> bool:
+        """Whether blocks are trained one after the other: then nothing outside them is."""
+        return False
+
+    def subset(self, outline: Outline) -> Subset:
+        from weightworks.stream.whole import Subset
+
+        wanted, fallbacks, rank = self.parts, [], getattr(self.options, "rank", 0)
+        learnable = outline.skeleton.learnable
+        named = {"bias": outline.biases, "norm": outline.norms, "weights": outline.weights, "full": learnable}
+        names = {name for part, found in named.items() if part in wanted for name in found}
+        adapters = dict.fromkeys(outline.linears, self.adapter()) if "adapters" in wanted else {}
+        if self.by_blocks:
+            names = {name for name in names if outline.inside(name)}
+        if "head" in wanted and self.by_blocks:
+            fallbacks.append("head: left as it is; it is in no block")
+        elif "head" in wanted and outline.head is not None:
+            adapters[outline.head.tensor] = self.adapter("lora")
+        elif "head" in wanted:
+            fallbacks.append("head: left as it is; it is the embedding too, which an adapter of the head would change")
+        if self.keeps_adapter:
+            adapters, left = _holdable(outline, adapters)
+            fallbacks += left
+        ordered = tuple(name for name in learnable if name in names)
+        adapted = [
+            linear for linear in (*outline.linears.values(), outline.head) if linear and linear.tensor in adapters
+        ]
+        return Subset(ordered, adapters, rank * sum(sum(one.shape) for one in adapted), tuple(fallbacks))
+
+    def adapter(self, kind: str | None = None) -> Any:
+        """What makes an adapter of ``kind``, by default the one asked for."""
+        from compress.recover._adapters import LowRank
+
+        return partial(LowRank, kind or self.options.adapter, rank=self.options.rank, alpha=self.options.alpha)
+
+    def begin(self, number: int, model: Whole) -> dict[str, Any]:
+        model.mask_zeros()
+        parts = {"adapters": sum(one.numel() for adapter in model.adapters.values() for one in adapter.parameters())}
+        for name in (name for name in model.subset.names if name in model.values):
+            part = "bias" if name.endswith("bias") else "norm" if model.values[name].ndim == 1 else "weights"
+            parts[part] = parts.get(part, 0) + model.values[name].numel()
+        return {"trained": {part: count for part, count in parts.items() if count}}
+
+    def rates(self, number: int, begun: Mapping[str, Any]) -> Sequence[float]:
+        found: list[float] = self.options.rates()
+        return found
+
+    def end(self, number: int, model: Whole) -> dict[str, Any]:
+        return {}
+
+    def told(self, weight: torch.Tensor, original: torch.Tensor, mask: torch.Tensor) -> dict[str, Any]:
+        return {}
+
+
+def _holdable(outline: Outline, adapters: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Those of ``adapters`` that PEFT can hold, and why it cannot hold the others."""
+    linears = {**outline.linears, **({} if outline.head is None else {outline.head.tensor: outline.head})}
+    turned = any(linears[name].transposed for name in adapters)
+    held, left = {}, []
+    for name, adapter in adapters.items():
+        linear = linears[name]
+        if linear.piece.expert is not None or linear.piece.parts > 1:
+            left.append(
+                f"{name}: left as it is; transformers holds it fused with others, and PEFT adapts whole modules"
+            )
+        elif linear.transposed is not turned:
+            left.append(f"{name}: left as it is; one flag of PEFT says of all modules that weights are [in, out]")
+        else:
+            held[name] = adapter
+    return held, left

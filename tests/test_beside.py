@@ -1,0 +1,141 @@
+"""Adapters kept beside the model: on a pruned and on a quantized one, read back as PEFT's layout says, refused where merged."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from architectures import ARCHITECTURES
+from commands import Commands
+
+from compress import prune, quantize, recover
+from merge import merge as merge_models
+from weightworks.errors import MethodError, UsageError
+from weightworks.store.adapters import WEIGHTS, Adapter
+from weightworks.store.checkpoint import Checkpoint
+from weightworks.store.dense import DenseView
+from weightworks.store.sources import file_digest
+from weightworks.testing.tiny import CALIBRATION_TEXT
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+QUICK: dict[str, Any] = {
+    "dataset": str(CALIBRATION_TEXT), "seq_len": 32, "device": "cpu", "dtype": "float32", "steps": 3, "batch_size": 2,
+    "held_out": 2, "lr": 1e-2, "rank": 4, "adapter": "lora",
+}  # fmt: skip
+DONE = "weightworks.store.writer:CheckpointWriter.done"
+ALWAYS = [["constant", f"weightworks.engine.modelwise:SAVE_{name}", 0] for name in ("SECONDS", "SHARE")]
+
+
+@pytest.fixture(scope="module")
+def beside(sparse: Path, small: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An adapter trained on the pruned model."""
+    return recover(sparse, teacher=small, **QUICK, output_dir=tmp_path_factory.mktemp("beside") / "adapter").target
+
+
+def test_the_output_is_an_adapter_and_says_what_it_is_worth(beside: Path, sparse: Path) -> None:
+    assert {path.name for path in beside.iterdir()} == {
+        "README.md", "adapter_config.json", "adapter_model.safetensors", "provenance.json",
+    }  # fmt: skip
+    adapter = Adapter.open(beside)
+    assert sorted(adapter.config["target_modules"]) == sorted(
+        f"{part}_proj" for part in ("q", "k", "v", "o", "gate", "up", "down")
+    )
+    assert len(adapter.pairs) == 14
+    assert not adapter.whole
+    assert adapter.base == sparse.name
+    facts = json.loads((beside / "provenance.json").read_text())
+    assert facts["quality"]["result"] != facts["quality"]["dense"]
+    assert facts["training"]["held_out"]["after"] != facts["training"]["held_out"]["before"]
+    assert "PeftModel.from_pretrained" in (beside / "README.md").read_text()
+
+
+@torch.no_grad()
+def test_model_and_adapter_are_what_was_trained(beside: Path, sparse: Path) -> None:
+    """The sum of checkpoint and adapter, made by our reader, has the perplexity the run reports of its own weights."""
+    from weightworks.engine.finish import prove_written, stream_perplexity
+    from weightworks.plan.texts import check_windows
+    from weightworks.stream.skeleton import build
+
+    class Run:
+        device, target = torch.device("cpu"), sparse
+
+    total = DenseView(Checkpoint.open(f"{sparse}+{beside}"))
+    Run.skeleton = build(total)  # type: ignore[attr-defined]
+    probe = check_windows(total.checkpoint, Run.skeleton, trust_remote_code=False)  # type: ignore[attr-defined]
+    Run.returns_tuple = prove_written(Run, total, probe)  # type: ignore[attr-defined, arg-type]
+    facts = json.loads((beside / "provenance.json").read_text())
+    assert stream_perplexity(Run, total, probe) == pytest.approx(facts["quality"]["result"], rel=1e-3)  # type: ignore[arg-type]
+
+
+def test_a_sum_with_a_sparse_model_is_refused_where_it_would_be_written(
+    beside: Path, sparse: Path, small: Path, tmp_path: Path
+) -> None:
+    text = r"the zeros of 14 pruned weights would be filled in: model.layers.0.*W \+ BA has none where W has, so the sum is dense"
+    for run in (
+        lambda: quantize(f"{sparse}+{beside}", method="rtn", output_dir=tmp_path / "out"),
+        lambda: merge_models([f"{sparse}+{beside}", small], output_dir=tmp_path / "out"),
+        lambda: recover(f"{sparse}+{beside}", output_dir=tmp_path / "out"),
+    ):
+        with pytest.raises(MethodError, match=text) as caught:
+            run()
+        assert "--adapter mask_lora" in caught.value.hint
+    again = prune(f"{sparse}+{beside}", method="magnitude", pattern="2:4", output_dir=tmp_path / "out")
+    assert again.provenance is not None  # it is pruned again, which is what was meant
+
+
+def test_on_a_quantized_base(small: Path, tmp_path: Path) -> None:
+    base = quantize(small, method="rtn", bits=4, group_size=32, device="cpu", output_dir=tmp_path / "w4").target
+    before = file_digest(base / "model.safetensors")
+    gently = {**QUICK, "steps": 24, "lr": 2e-3, "num_samples": 10, "batch_size": 8}  # the same rows in every step
+    outcome = recover(base, teacher=small, **gently, method="distill", output_dir=tmp_path / "out")
+    assert file_digest(base / "model.safetensors") == before
+    assert outcome.provenance is not None
+    curve = outcome.provenance["training"]["rounds"][0]["losses"]
+    assert sum(curve[-5:]) < 0.9 * sum(curve[:5])
+    adapter = Adapter.open(outcome.target)
+    view = DenseView(Checkpoint.open(base))
+    for module, pair in adapter.pairs.items():
+        assert view.is_packed(f"{module}.weight")
+        assert pair.shape == view.shape(f"{module}.weight")
+    assert Checkpoint.open(f"{small}+{outcome.target}").tensors  # its layout is that of any adapter
+    with pytest.raises(MethodError, match="is already quantized"):
+        recover(base, **{**QUICK, "adapter": "mask_lora"}, output_dir=tmp_path / "no")
+
+
+def test_layers_held_the_other_way(tmp_path: Path) -> None:
+    source = ARCHITECTURES["gpt2"].save(tmp_path / "source")
+    outcome = recover(source, **QUICK, output_dir=tmp_path / "out")
+    assert Adapter.open(outcome.target).config["fan_in_fan_out"] is True
+    total, base = Checkpoint.open(f"{source}+{outcome.target}"), Checkpoint.open(source)
+    changed = [name for name in base.tensors if not torch.equal(total.read(name), base.read(name))]
+    assert len(changed) == len(Adapter.open(outcome.target).pairs)
+
+
+def test_killed_again_and_again(compress: Commands, sparse: Path, tmp_path: Path) -> None:
+    words = [text for key, value in QUICK.items() for text in ("--" + key.replace("_", "-"), str(value))]
+    command = ("recover", sparse, *words, "-q", "-o", "out")
+    (tmp_path / "a").mkdir()
+    assert compress(*command, cwd=tmp_path / "a").code == 0
+    (tmp_path / "b").mkdir()
+    faults, killed = [["signal_at", DONE, 1, {"after": True}], *ALWAYS], 0
+    while (run := compress(*command, cwd=tmp_path / "b", faults=faults)).code == -signal.SIGKILL:
+        killed += 1
+        assert killed < 9
+    assert run.code == 0, run.err
+    assert killed == 5  # the proof, three steps, what was trained
+    made, expected = (
+        {path.name: file_digest(path) for path in (tmp_path / name / "out").iterdir()} for name in ("b", "a")
+    )
+    assert made == expected
+    assert WEIGHTS in made
+
+
+def test_what_cannot_be_is_refused(sparse: Path, small: Path) -> None:
+    with pytest.raises(UsageError, match="adapter lora is kept beside the model, which stays as it is: norm cannot"):
+        recover(sparse, **QUICK, train=["norm", "adapters"])
+    with pytest.raises(UsageError, match="adapter lora is not merged, so no block can be written"):
+        recover(sparse, teacher=small, **QUICK, mode="reconstruct")
