@@ -11,10 +11,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from weightworks.options import Options
 from weightworks.stage.tweaking import Descent, Tweak
@@ -35,15 +35,6 @@ class NormOptions(Options):
     norm_rate_growth: float = Field(
         1.0, ge=0, le=100, description="adam: growth of the rate from the first block to the last"
     )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _asked(cls, values: dict[str, Any]) -> dict[str, Any]:
-        for name in ("norm_rate", "norm_rate_growth"):
-            default = cls.model_fields[name].default
-            if values.get(name, default) != default and values.get("norm_tweak", "none") != "adam":
-                raise ValueError(f"{name} is of use with norm_tweak = adam only")
-        return values
 
 
 def tweak(options: NormOptions) -> Tweak | None:

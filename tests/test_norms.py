@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from compress import norms, quantize
 from compress.quantize import rtn
 from weightworks.engine.tweaking import scale
-from weightworks.errors import CalibrationError, UsageError
+from weightworks.errors import CalibrationError
 from weightworks.stage.protocols import Solution
 from weightworks.store.checkpoint import Checkpoint
 from weightworks.store.sources import file_digest
@@ -241,12 +241,6 @@ def test_estimates_count_the_tuning(compress: Commands, small: Path, tmp_path: P
     )
     assert tuned["seconds"] > plain["seconds"]
     assert tuned["disk_bytes"] > plain["disk_bytes"] and tuned["output_bytes"] == plain["output_bytes"]
-
-
-def test_options_of_adam_need_it() -> None:
-    for wrong in ({"norm_rate": 0.01}, {"norm_rate_growth": 2.0, "norm_tweak": "closed"}):
-        with pytest.raises(UsageError, match="is of use with norm_tweak = adam only"):
-            rtn.Options.parse(wrong, where="quantize.rtn")
 
 
 # Texts
