@@ -377,6 +377,7 @@ def test_recover_learns_from_what_was_chosen(small: Path, sparse: Path, data: Pa
     )
     assert healed.provenance is not None
     assert healed.provenance["training"]["steps"] == 2
+    assert "use: select.random" in rebuild(healed.target)
 
 
 def test_a_killed_run_goes_on_and_ends_in_the_same_bytes(
