@@ -134,8 +134,6 @@ class GridOptions(NormOptions, IntegerOptions):
 
     @model_validator(mode="after")
     def _useful(self) -> Self:
-        if self.smooth is not None and self.any_scheme().inputs is None:
-            raise ValueError("smooth helps where inputs are rounded: use it with scheme W8A8, FP8, MXFP8 or the like")
         if self.clip == "on" and self.scheme in HARDWARE and self.bits == 8:
             raise ValueError(f"clip = on is of no use with scheme {self.scheme}: 8 bits have room for every range")
         if self.format.startswith("gptq") and self.scheme in HARDWARE:

@@ -12,9 +12,9 @@ from architectures import ARCHITECTURES
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from compress.quantize import gptq, rtn
+from compress.quantize import gptq
 from weightworks.engine.smoothing import SMALLEST
-from weightworks.errors import UsageError
+from weightworks.errors import MethodError
 from weightworks.plan.stage import run_stage
 from weightworks.plan.verify import verify
 from weightworks.stage.settings import Settings
@@ -115,10 +115,9 @@ def test_the_formula() -> None:
     assert SMALLEST == 1e-5
 
 
-@pytest.mark.parametrize("module", [gptq, rtn])
-def test_weight_only_formats_are_refused(module: Any) -> None:
-    with pytest.raises(UsageError, match="helps where inputs are rounded"):
-        module.Options.parse({"smooth": 0.5}, where="quantize.gptq")
+def test_weight_only_formats_are_refused(source: Path, tmp_path: Path) -> None:
+    with pytest.raises(MethodError, match="helps where inputs are rounded"):
+        run(source, tmp_path / "out", "gptq", smooth=0.5)
 
 
 def test_a_killed_run_goes_on(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -193,6 +193,11 @@ class Job:
                 f"{self.checkpoint.root}: norm_tweak is asked for, but no norm inside the blocks has gains",
                 hint="leave it out",
             )
+        if getattr(self.options, "smooth", None) is not None and (self.scheme is None or self.scheme.inputs is None):
+            raise MethodError(
+                f"{self.label}: smooth helps where inputs are rounded, and these are not",
+                hint="use it with --scheme W8A8, FP8, MXFP8 or the like",
+            )
         problems = self._misfits()
         if problems:
             lines = "\n".join(f"  {name}: {reason}" for name, reason in problems.items())
