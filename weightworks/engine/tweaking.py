@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from weightworks.engine.job import Job
-from weightworks.stage.tweaking import Descent, Solve, Tweak
+from weightworks.stage.tweaking import Descent, Tweak
 from weightworks.store.writer import CheckpointWriter
 from weightworks.stream.activations import Activations
 from weightworks.stream.gram import Gram
@@ -23,7 +23,8 @@ from weightworks.stream.norms import Form, makers, scaled
 from weightworks.stream.passes import Windows
 from weightworks.stream.replay import BlockCall
 
-Values = dict[str, torch.Tensor]
+if TYPE_CHECKING:
+    from weightworks.stage.tweaking import Solve
 
 
 @dataclass(frozen=True)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-import torch
+if TYPE_CHECKING:  # recipes are checked without torch
+    import torch
 
-Compare = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-Solve = Callable[[torch.Tensor, Sequence[tuple[torch.Tensor, torch.Tensor]]], torch.Tensor]
+    Compare = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+    Solve = Callable[[torch.Tensor, Sequence[tuple[torch.Tensor, torch.Tensor]]], torch.Tensor]
 
 
 @dataclass(frozen=True)
