@@ -28,7 +28,7 @@ def quantize(
     verbose: VERBOSE = False,
     **values: Any,
 ) -> int | None:
-    """Quantize a checkpoint's linear layers to 2, 3, 4 or 8 bits."""
+    """Quantize a checkpoint's linear layers: to integers of 2 to 8 bits, or to FP8, FP4 and MX formats."""
     return run_method("quantize", model, method, output_dir, dry_run, json, quiet, verbose, values)
 
 
