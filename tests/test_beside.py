@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -60,15 +61,12 @@ def test_model_and_adapter_are_what_was_trained(beside: Path, sparse: Path) -> N
     from weightworks.plan.texts import check_windows
     from weightworks.stream.skeleton import build
 
-    class Run:
-        device, target = torch.device("cpu"), sparse
-
     total = DenseView(Checkpoint.open(f"{sparse}+{beside}"))
-    Run.skeleton = build(total)  # type: ignore[attr-defined]
-    probe = check_windows(total.checkpoint, Run.skeleton, trust_remote_code=False)  # type: ignore[attr-defined]
-    Run.returns_tuple = prove_written(Run, total, probe)  # type: ignore[attr-defined, arg-type]
+    run: Any = SimpleNamespace(device=torch.device("cpu"), target=sparse, skeleton=build(total))
+    probe = check_windows(total.checkpoint, run.skeleton, trust_remote_code=False)
+    run.returns_tuple = prove_written(run, total, probe)
     facts = json.loads((beside / "provenance.json").read_text())
-    assert stream_perplexity(Run, total, probe) == pytest.approx(facts["quality"]["result"], rel=1e-3)  # type: ignore[arg-type]
+    assert stream_perplexity(run, total, probe) == pytest.approx(facts["quality"]["result"], rel=1e-3)
 
 
 def test_a_sum_with_a_sparse_model_is_refused_where_it_would_be_written(

@@ -236,11 +236,16 @@ def test_a_cluster_whose_rows_contradict_hands_on_its_share() -> None:
 
 
 def test_what_could_not_be_chosen_is_told() -> None:
-    rows, _ = pool(lambda whose: np.zeros(len(whose)))
-    texts = ["sea", "sky", *["sea. sky"] * (len(rows) - 2)]
+    rows, whose = pool(lambda whose: np.zeros(len(whose)))
+    texts = ["sea. sky"] * len(rows)
+    for kind in range(3):  # once both were chosen apart, no row that joins them is
+        one, other = np.flatnonzero(whose == kind)[:2]
+        texts[one], texts[other] = "sea", "sky"
     same = Pool(texts, rows.tokens, 0, rows.embeddings, rows.degradation)
     choice = paser_of().select(same, 20, lambda line: None)
-    assert 2 <= len(choice.order) < 20 or len(choice.order) == 20
+    assert sorted(texts[row] for row in choice.order) == ["sea"] * 3 + ["sky"] * 3
+    assert sum("never stand together" in outcome for outcome in choice.outcomes) == len(rows) - 6
+    assert any(line.startswith("6 of 20 rows chosen: all others contradict") for line in choice.shortfalls)
     assert any("predicts what the original does" in line for line in choice.shortfalls)
     few = Pool(texts[:5], rows.tokens[:5], 0, rows.embeddings, rows.degradation)
     with pytest.raises(MethodError, match="5 rows can be trained on, at least 8"):
