@@ -82,8 +82,8 @@ def factorise(similarities: Array, u: Array, v: Array, sweeps: int = SWEEPS) -> 
 
 def assign(similarities: Array, v: Array, sweeps: int = SWEEPS) -> Array:
     """The clusters int64 [m] of other points by their ``similarities`` [m, n] to those that ``v`` [K, n] was found on."""
-    u = np.maximum(similarities @ v.T, 0.0)
     products, square = similarities @ v.T, v @ v.T
+    u = np.maximum(products, 0.0)
     for _ in range(sweeps):
         _descend(u, products, square)
     return u.argmax(1)

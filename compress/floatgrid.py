@@ -18,9 +18,7 @@ from weightworks.store.floats import (
     stored_scale,
 )
 
-NEIGHBOURS = range(
-    -8, 6
-)  # steps of an E4M3 scale that are tried: from half of the usual one to one and a half times it
+NEIGHBOURS = range(-8, 6)  # steps of an E4M3 scale that are tried: from half of the usual one to one and a half of it
 
 
 @dataclass(frozen=True, slots=True)

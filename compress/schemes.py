@@ -65,17 +65,14 @@ def _compiled(value: list[str]) -> list[str]:
 Patterns = Annotated[list[str], AfterValidator(_compiled)]  # of layers
 
 
-class IntegerOptions(Options):
-    """Options of weight-only integer quantization."""
+class LowBitOptions(Options):
+    """What all options of quantization to few bits have; ``scheme`` is a preset for some of them."""
 
     bits: Literal[2, 3, 4, 8] = Field(4, description="bits a weight")
     group_size: int = Field(128, description="input columns that share a scale; -1: the whole row")
     sym: bool = Field(True, description="grid symmetric about zero; asymmetric stores a zero point a group")
     clip: Literal["auto", "on", "off"] = Field(
         "auto", description="search the clipping range of each group; auto: off, by measurement"
-    )
-    scheme: Literal["W4A16", "W4A16_ASYM", "W8A16", "W3A16", "W2A16"] | None = Field(
-        None, description="preset for bits, group size and symmetry"
     )
     format: Literal["compressed-tensors", "gptq", "gptq_v2", "dense"] = Field(
         "compressed-tensors", description="container of the result; dense writes dequantized weights"
@@ -117,12 +114,18 @@ class IntegerOptions(Options):
         return IntScheme(self.bits, self.group_size, self.sym, reordered)
 
 
-class GridOptions(NormOptions, IntegerOptions):
+class IntegerOptions(LowBitOptions):
+    """Options of weight-only integer quantization."""
+
+    scheme: Literal["W4A16", "W4A16_ASYM", "W8A16", "W3A16", "W2A16"] | None = Field(
+        None, description="preset for bits, group size and symmetry"
+    )
+
+
+class GridOptions(NormOptions, LowBitOptions):
     """Options of quantizers that round to hardware formats too, and may be followed by a tuning of norms."""
 
-    scheme: AnyName | None = Field(  # type: ignore[assignment]  # more names than for integers alone
-        None, description="preset for bits, group size and symmetry, or a hardware format"
-    )
+    scheme: AnyName | None = Field(None, description="preset for bits, group size and symmetry, or a hardware format")
 
     smooth: float | None = Field(
         None,

@@ -1,16 +1,21 @@
-"""The options every training shares: how long, how fast, on how much at a time."""
+"""What every training shares: options (how long, how fast, on how much at a time), and what a method need not say again."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from compress.rates import SCHEDULES, Schedule, rates, read_history
 from weightworks.options import Options
 from weightworks.stage.training import Regime
+
+if TYPE_CHECKING:
+    import torch
+
+    from weightworks.stream.whole import Whole
 
 
 class TrainingOptions(Options):
@@ -85,3 +90,34 @@ class TrainingOptions(Options):
             **others,
             recompute={"auto": None, "on": True, "off": False}[self.gradient_checkpointing],
         )
+
+
+class Trainer:
+    """A modelwise method whose learning rates are those of its options, and that has nothing to tell but what the loop does."""
+
+    def __init__(self, options: Any) -> None:
+        self.options = options
+
+    def scheme(self) -> None:
+        return None
+
+    def files(self) -> list[Path]:
+        found: list[Path] = self.options.files()
+        return found
+
+    def regime(self) -> Regime:
+        found: Regime = self.options.regime()
+        return found
+
+    def begin(self, number: int, model: Whole) -> dict[str, Any]:
+        return {}
+
+    def rates(self, number: int, begun: Mapping[str, Any]) -> Sequence[float]:
+        found: list[float] = self.options.rates()
+        return found
+
+    def end(self, number: int, model: Whole) -> dict[str, Any]:
+        return {}
+
+    def told(self, weight: torch.Tensor, original: torch.Tensor, mask: torch.Tensor) -> dict[str, Any]:
+        return {}

@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 import torch
@@ -19,11 +18,12 @@ from pydantic import Field, model_validator
 
 from compress.masks import Pattern, Scope, pattern_mask, top_mask
 from compress.prune._global import one_threshold
+from compress.prune._trained import TrainedPruner
 from compress.rates import adapted_top
 from compress.schemes import Patterns
 from compress.sparsity import AmountOptions
 from compress.training import TrainingOptions
-from weightworks.stage.protocols import Survey, Target
+from weightworks.stage.protocols import Target
 from weightworks.stage.training import Regime
 
 if TYPE_CHECKING:
@@ -91,25 +91,11 @@ class Options(TrainingOptions, AmountOptions):
         return [*(left**share for share in shares), left]
 
 
-class Method:
+class Method(TrainedPruner):
     """Iterative magnitude pruning as a modelwise method."""
 
-    masks = True
-
     def __init__(self, options: Options) -> None:
-        self.options = options
-
-    def scheme(self) -> None:
-        return None
-
-    def surveys(self) -> Sequence[Survey]:
-        return []
-
-    def refusal(self, shape: tuple[int, int]) -> str | None:
-        return self.options.refusal(shape)
-
-    def files(self) -> list[Path]:
-        return self.options.files()
+        self.options: Options = options
 
     def regime(self) -> Regime:
         options = self.options

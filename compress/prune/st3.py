@@ -9,19 +9,16 @@ r = mean |W M| / mean |W|. Layers, biases and norms are trained, embeddings and 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from pydantic import Field, model_validator
 
 from compress.masks import pattern_mask, top_mask
+from compress.prune._trained import TrainedPruner
 from compress.sparsity import AmountOptions
 from compress.training import TrainingOptions
-from weightworks.stage.protocols import Survey
-from weightworks.stage.training import Regime
 
 if TYPE_CHECKING:
     from weightworks.stream.whole import Outline, Subset, Whole
@@ -58,28 +55,11 @@ class Options(TrainingOptions, AmountOptions):
         return whole if stay == pattern.of else pattern_mask(scores, type(pattern)(stay, pattern.of))
 
 
-class Method:
+class Method(TrainedPruner):
     """ST-3 as a modelwise method."""
 
-    masks = True
-
     def __init__(self, options: Options) -> None:
-        self.options = options
-
-    def scheme(self) -> None:
-        return None
-
-    def surveys(self) -> Sequence[Survey]:
-        return []
-
-    def refusal(self, shape: tuple[int, int]) -> str | None:
-        return self.options.refusal(shape)
-
-    def files(self) -> list[Path]:
-        return self.options.files()
-
-    def regime(self) -> Regime:
-        return self.options.regime()
+        self.options: Options = options
 
     def subset(self, outline: Outline) -> Subset:
         from compress.prune._straight import StraightThrough
@@ -92,18 +72,18 @@ class Method:
         count = sum(rows * columns for rows, columns in (one.shape for one in outline.linears.values()))
         return Subset(ordered, dict.fromkeys(outline.linears, make), count)
 
-    def begin(self, number: int, model: Whole) -> dict[str, Any]:
-        return {}
-
     def approach(self, share: float, model: Whole) -> None:
         """Choose thresholds and masks for the next step, ``share`` of all being done. Frozen ones are kept in ``model.extra``."""
+        from compress.prune._straight import StraightThrough
+
         options = self.options
         for name, adapter in model.adapters.items():
+            assert isinstance(adapter, StraightThrough)
             known = f"threshold {name}"
             if known not in model.extra:
-                raw = adapter.get_parameter("raw").detach()
+                raw = adapter.raw.detach()
                 mask = options.mask(raw, options.sparsity_at(share))
-                threshold = adapter.limit(raw, mask)  # type: ignore[operator]
+                threshold = adapter.limit(raw, mask)
                 if share >= options.rise:
                     model.extra[known], model.extra[f"mask {name}"] = threshold, mask
             else:
@@ -111,12 +91,6 @@ class Method:
             adapter.threshold, adapter.mask = threshold, mask
             model.mask(name).copy_(mask)
 
-    def rates(self, number: int, begun: Mapping[str, Any]) -> Sequence[float]:
-        return self.options.rates()
-
     def end(self, number: int, model: Whole) -> dict[str, Any]:
         kept = sum(int(model.mask(name).sum()) for name in model.linears)
         return {"sparsity": 1 - kept / sum(model.mask(name).numel() for name in model.linears)}
-
-    def told(self, weight: torch.Tensor, original: torch.Tensor, mask: torch.Tensor) -> dict[str, Any]:
-        return {}

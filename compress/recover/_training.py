@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
-import torch
 from pydantic import Field, field_validator, model_validator
 
 from compress.rates import SCHEDULES
 from compress.schemes import ALWAYS_IGNORED, Patterns
-from compress.training import TrainingOptions
+from compress.training import Trainer, TrainingOptions
 
 if TYPE_CHECKING:
     from weightworks.stream.whole import Outline, Subset, Whole
@@ -105,23 +103,15 @@ class WindowOptions(TrainingOptions):
             )
 
 
-class Recovery:
+class Recovery(Trainer):
     """What modelwise methods of recovery have in common; how the loop is to run, ``regime``, each says itself."""
 
     masks = False  # it makes none, and keeps those there are
-    options: Any
 
     @property
     def parts(self) -> Sequence[str]:
         """What is trained, of ``PARTS``."""
         found: list[str] = self.options.train
-        return found
-
-    def scheme(self) -> None:
-        return None
-
-    def files(self) -> list[Path]:
-        found: list[Path] = self.options.files()
         return found
 
     @property
@@ -172,16 +162,6 @@ class Recovery:
             part = "bias" if name.endswith("bias") else "norm" if model.values[name].ndim == 1 else "weights"
             parts[part] = parts.get(part, 0) + model.values[name].numel()
         return {"trained": {part: count for part, count in parts.items() if count}}
-
-    def rates(self, number: int, begun: Mapping[str, Any]) -> Sequence[float]:
-        found: list[float] = self.options.rates()
-        return found
-
-    def end(self, number: int, model: Whole) -> dict[str, Any]:
-        return {}
-
-    def told(self, weight: torch.Tensor, original: torch.Tensor, mask: torch.Tensor) -> dict[str, Any]:
-        return {}
 
 
 def _holdable(outline: Outline, adapters: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:

@@ -29,14 +29,8 @@ from weightworks.stage.tweaking import tweak_of
 from weightworks.store.sources import Digests, folders
 
 NUMERIC = ("torch", "numpy", "scipy", "transformers", "safetensors")  # versions that may change a bit of the output
-READING = (
-    "watch",
-    "trace",
-    "reduces",
-    "regime",
-    "select",
-    "renormalises",
-)  # of methods that look at inputs or rows, or train
+# What methods have that look at inputs, gradients or rows of a text, or train on it.
+READING = ("watch", "trace", "reduces", "regime", "select", "renormalises")
 CALIBRATION = ("dataset", "num_samples", "seq_len", "dtype")  # settings of methods that look at inputs
 SHARDS = "max_shard_size"
 

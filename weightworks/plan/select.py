@@ -304,13 +304,8 @@ def _estimate(job: SelectJob) -> Estimate:
     """What it will take, from headers, structure and lengths."""
     limit = job.settings.memory_limit or free_memory() + resident()
     texts = sum(map(len, job.examples.texts))
-    peak, phase, seconds, on_disk, scratch = (
-        resident() + RUNTIME_BYTES + 3 * texts,
-        "rows and their scores",
-        1.0,
-        False,
-        0,
-    )
+    peak, phase = resident() + RUNTIME_BYTES + 3 * texts, "rows and their scores"
+    seconds, on_disk, scratch = 1.0, False, 0
     if job.models is not None:
         width = max(one.width for one in job.models)
         states = 2 * job.parts.largest * width * job.dtype.itemsize

@@ -79,10 +79,7 @@ def _row(view: DenseView, name: str, sparsity: bool) -> dict[str, Any]:
         parts = [
             view.tensors[f"{base}.{suffix}"] for suffix in view.format.suffixes if f"{base}.{suffix}" in view.tensors
         ]
-        size, stored = (
-            sum(part.nbytes for part in parts),
-            f"{view.scheme.code} codes",
-        )
+        size, stored = sum(part.nbytes for part in parts), f"{view.scheme.code} codes"
     else:
         size, stored = view.tensors[name].nbytes, DTYPE_NAMES[view.tensors[name].dtype]
     row = {

@@ -26,7 +26,7 @@ INPUTS = (
     InputScheme("E2M1", 32, "E8M0"),
     InputScheme("E2M1", 16, "E4M3"),
 )
-SCALES = {"E8M0": "torch.uint8", "E4M3": "torch.float8_e4m3fn"}
+SCALES = {"E8M0": "torch.uint8", "E4M3": "torch.float8_e4m3fn"}  # plain ones are in no dtype of their own
 
 
 def configuration(layout: str, scheme: Scheme, ignore: Sequence[str]) -> dict[str, Any]:
@@ -77,19 +77,13 @@ def _arguments(scheme: Scheme) -> dict[str, Any]:
     if scheme.rows > 1:
         blocks = {"strategy": "block", "group_size": None, "block_structure": [scheme.rows, scheme.group_size]}
         return facts | {"type": "float"} | blocks
-    scales = (
-        {} if scheme.scales == "plain" else {"scale_dtype": SCALES[scheme.scales], "zp_dtype": SCALES[scheme.scales]}
-    )
     local = {"strategy": "tensor_group"} if scheme.scales == "E4M3" else {}
-    return facts | {"type": "float"} | scales | local
+    return facts | {"type": "float"} | _scale_arguments(scheme.scales) | local
 
 
 def _input_arguments(inputs: InputScheme) -> dict[str, Any]:
     """The same of inputs."""
     local, size = inputs.scales == "E4M3", None if inputs.group_size == -1 else inputs.group_size
-    scales = (
-        {} if inputs.scales == "plain" else {"scale_dtype": SCALES[inputs.scales], "zp_dtype": SCALES[inputs.scales]}
-    )
     return {
         "num_bits": 4 if inputs.kind == "E2M1" else 8,
         "type": "int" if inputs.kind == "INT8" else "float",
@@ -98,8 +92,13 @@ def _input_arguments(inputs: InputScheme) -> dict[str, Any]:
         "group_size": size,
         "dynamic": "local" if local else True,
         "observer": "static_minmax" if local else None,
-        **scales,
+        **_scale_arguments(inputs.scales),
     }
+
+
+def _scale_arguments(scales: str) -> dict[str, Any]:
+    """The part of them that says how scales are stored."""
+    return {} if scales == "plain" else dict.fromkeys(("scale_dtype", "zp_dtype"), SCALES[scales])
 
 
 def _agree(these: Mapping[str, Any], those: Mapping[str, Any]) -> bool:

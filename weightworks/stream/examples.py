@@ -173,13 +173,12 @@ def all_examples(
     prompts, texts, numbers = list[str](), list[str](), list[int]()
     for number in looked:
         digest.update((json.dumps(rows[number], sort_keys=True) + "\n").encode())
-        example = maker.usable(rows[number], seq_len)
-        if isinstance(example, str):
-            left_out[number] = example
+        parts = maker.parts(rows[number])
+        example = parts if isinstance(parts, str) else maker.usable_parts(rows[number], parts, seq_len)
+        if isinstance(parts, str) or isinstance(example, str):
+            left_out[number] = str(example)
             continue
         made.append(example)
-        parts = maker.parts(rows[number])
-        assert not isinstance(parts, str)
         given = "".join(text for text, learned in parts if not learned)
         texts.append("".join(text for text, _ in parts))
         prompts.append(given or texts[-1])
@@ -207,8 +206,10 @@ class Maker:
     def example(self, row: Any) -> Example | str:
         """Tokens of a row with what of them is learned, or why it cannot be used."""
         parts = self.parts(row)
-        if isinstance(parts, str):
-            return parts
+        return parts if isinstance(parts, str) else self.joined(row, parts)
+
+    def joined(self, row: Any, parts: Sequence[Part]) -> Example:
+        """Tokens of the ``parts`` of a row with what of them is learned."""
         tokens: list[int] = []
         learned: list[bool] = []
         for text, is_learned in parts:
@@ -221,9 +222,12 @@ class Maker:
 
     def usable(self, row: Any, seq_len: int) -> Example | str:
         """:meth:`example` of at most ``seq_len`` tokens, with something to predict; or why it cannot be used."""
-        made = self.example(row)
-        if isinstance(made, str):
-            return made
+        parts = self.parts(row)
+        return parts if isinstance(parts, str) else self.usable_parts(row, parts, seq_len)
+
+    def usable_parts(self, row: Any, parts: Sequence[Part], seq_len: int) -> Example | str:
+        """The same of a row whose ``parts`` are known."""
+        made = self.joined(row, parts)
         if len(made[0]) > seq_len:
             return f"longer than {seq_len} tokens"
         return made if any(made[1][1:]) else NO_ANSWER
