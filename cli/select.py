@@ -6,10 +6,9 @@ from typing import Annotated, Any
 
 import typer
 
-from cli.params import JSON, MODEL, QUIET, VERBOSE, given
-from cli.render import duration, emit, pairs, show, show_error, size, table
-from cli.stages import DRY_RUN, OUTPUT
-from weightworks.stage import catalog
+from cli.params import JSON, MODEL, QUIET, VERBOSE
+from cli.render import duration, pairs, show, size, table
+from cli.stages import DRY_RUN, OUTPUT, run_method
 
 
 def select(
@@ -26,57 +25,31 @@ def select(
     **values: Any,
 ) -> int | None:
     """Choose the rows of a data set that win back most of what pruning cost, with every score, for compress recover."""
-    from weightworks.stage.settings import divide
+    shown = show_costs, show_choice
+    return run_method("select", model, method, output_dir, dry_run, json, quiet, verbose, values, teacher, shown)
 
-    entry = catalog.find("select", method)
-    options, settings = divide(given(values), entry.load().Options, entry.label)  # refused before the libraries load
 
-    from weightworks.plan.select import run_select
-    from weightworks.report.progress import Progress
-
-    def announce(resolved: dict[str, Any]) -> None:
-        if not quiet:
-            show(f"select {resolved['model']}")
-            pairs({key: value for key, value in resolved.items() if key != "model"})
-
-    outcome = run_select(
-        method,
-        model,
-        options,
-        settings,
-        teacher=teacher,
-        output_dir=output_dir,
-        dry_run=dry_run,
-        progress=Progress(quiet=quiet, verbose=verbose),
-        announce=announce,
+def show_costs(outcome: Any) -> None:
+    """What a choice would take, or that it is there already."""
+    if outcome.cached:
+        show(f"nothing to do: {outcome.target} was made by this very command and is intact")
+        return
+    costs = outcome.estimate
+    pairs(
+        {
+            "time": f"about {duration(costs.seconds)}",
+            "peak memory": f"about {size(costs.peak_bytes)} ({costs.peak_phase}); allowed {size(costs.limit_bytes)}",
+            "activations": "on disk" if costs.on_disk else "in memory",
+            "disk": f"{size(costs.disk_bytes)} while running",
+        }
     )
-    if not quiet:
-        _show(outcome, dry_run=dry_run)
-    if json:
-        told = {"estimate": outcome.estimate.facts()} if dry_run and outcome.estimate else {"seconds": outcome.seconds}
-        emit({"target": str(outcome.target), "cached": outcome.cached, **told, **(outcome.provenance or {})})
-    if settings.strict and (degraded := outcome.degraded()):
-        show_error(degraded)
-        return degraded.exit_code
-    return 0
+    show("dry run: nothing was written")
 
 
-def _show(outcome: Any, *, dry_run: bool) -> None:
-    """Where the choice lies, and the clusters it was made from; or what it would take."""
+def show_choice(outcome: Any) -> None:
+    """Where the choice lies, and the clusters it was made from."""
     if outcome.cached:
         show(f"already done: {outcome.target} was made by this very command and is intact")
-    if dry_run and outcome.provenance is None:
-        costs = outcome.estimate
-        pairs(
-            {
-                "time": f"about {duration(costs.seconds)}",
-                "peak memory": f"about {size(costs.peak_bytes)} ({costs.peak_phase}); allowed {size(costs.limit_bytes)}",
-                "activations": "on disk" if costs.on_disk else "in memory",
-                "disk": f"{size(costs.disk_bytes)} while running",
-            }
-        )
-        show("dry run: nothing was written")
-        return
     selection = outcome.provenance["selection"]
     clusters = selection.get("clusters", [])
     if clusters:

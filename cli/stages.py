@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,6 +17,7 @@ from weightworks.stage import catalog
 OUTPUT = Annotated[
     Path | None, typer.Option("-o", "--output-dir", help="default: the model's name plus what was done, here")
 ]
+Show = Callable[[Any], None]
 DRY_RUN = Annotated[bool, typer.Option("--dry-run", help="print time, memory, disk and output size; write nothing")]
 
 
@@ -74,13 +77,15 @@ def run_method(
     verbose: bool,
     values: dict[str, Any],
     teacher: str | None = None,
+    shown: tuple[Show, Show] = (show_estimate, show_outcome),
 ) -> int | None:
-    """Run one method on one checkpoint and tell what came of it."""
+    """Run one method on one checkpoint and tell what came of it; ``shown`` are what it will take and what it came to."""
     from weightworks.stage.settings import divide
 
     entry = catalog.find(kind, method)
     options, settings = divide(given(values), entry.load().Options, entry.label)  # refused before the libraries load
 
+    from weightworks.plan.select import run_select
     from weightworks.plan.stage import run_stage
     from weightworks.report.progress import Progress
 
@@ -90,8 +95,8 @@ def run_method(
             pairs({key: value for key, value in resolved.items() if key != "model"})
 
     progress = Progress(quiet=quiet, verbose=verbose)
-    outcome = run_stage(
-        kind,
+    start = run_select if kind == "select" else partial(run_stage, kind)
+    outcome = start(
         method,
         model,
         options,
@@ -105,12 +110,12 @@ def run_method(
     if dry_run:
         facts = outcome.estimate.facts() if outcome.estimate else {}
         if not quiet:
-            show_estimate(outcome)
+            shown[0](outcome)
         if json:
             emit({"target": str(outcome.target), "cached": outcome.cached, "estimate": facts})
         return 0
     if not quiet:
-        show_outcome(outcome)
+        shown[1](outcome)
     if json:
         emit(
             {

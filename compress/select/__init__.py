@@ -38,9 +38,11 @@ def select(
     Arguments, outcome and errors are otherwise those of :func:`compress.quantize`; the output folder holds ``selected.jsonl``,
     ``scores.jsonl`` and ``report.html``.
     """
-    from weightworks.plan.api import choose
+    from weightworks.plan.api import run
 
-    return choose(method, model, options, teacher=teacher, output_dir=output_dir, dry_run=dry_run, progress=progress)
+    return run(
+        "select", method, model, options, teacher=teacher, output_dir=output_dir, dry_run=dry_run, progress=progress
+    )
 
 
 class _Callable(ModuleType):

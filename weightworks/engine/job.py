@@ -34,7 +34,7 @@ from weightworks.store.dense import DenseView
 from weightworks.store.factors import factor_specs
 from weightworks.store.formats import find_format
 from weightworks.store.layout import Format
-from weightworks.store.manifest import read_provenance
+from weightworks.store.manifest import made_by, read_provenance
 from weightworks.store.masks import SUFFIX, Masks, mask_spec, pack_bits
 from weightworks.store.packing import Scheme
 from weightworks.store.shards import planned_bytes
@@ -502,10 +502,8 @@ def origin(source: Checkpoint | Adapter) -> dict[str, Any]:
         parent = read_provenance(source.root) if whole else None
     except CheckpointError:  # a file of another tool
         parent = None
-    keys = ("stage", "identity", "source", "calibration")
-    made_by = None if parent is None else {key: parent.get(key) for key in keys}
     told = {"remarks": remarks} if remarks else {}
-    return {"name": source.source, "files": source.files, "made_by": made_by, **told}
+    return {"name": source.source, "files": source.files, "made_by": parent and made_by(parent), **told}
 
 
 def environment(device: torch.device) -> dict[str, Any]:

@@ -16,9 +16,10 @@ from weightworks.engine.estimate import BYTES_A_SECOND, RUNTIME_BYTES, Estimate,
 from weightworks.engine.extracting import ROW_BYTES, ExtractJob
 from weightworks.engine.finish import prove_written, publish, stream_perplexity
 from weightworks.engine.machine import free_memory, pick_device, resident
-from weightworks.errors import ResourceError, UsageError, WeightworksError
-from weightworks.plan.stage import Outcome, finished, keep_inputs, log_path, short_name
+from weightworks.errors import UsageError
+from weightworks.plan.stage import Outcome, finished, keep_inputs, short_name
 from weightworks.plan.texts import check_windows
+from weightworks.plan.working import AGAIN, working
 from weightworks.report.progress import Progress
 from weightworks.stage import catalog
 from weightworks.stage.settings import Settings
@@ -28,7 +29,6 @@ from weightworks.store.checkpoint import Checkpoint
 from weightworks.store.dense import DenseView
 from weightworks.store.manifest import read_provenance
 from weightworks.store.writer import CheckpointWriter, check_target
-from weightworks.stream.memory import ran_out
 from weightworks.stream.skeleton import build
 
 Job = CombineJob | ExtractJob
@@ -178,8 +178,7 @@ def execute(job: Job, identity: dict[str, Any]) -> dict[str, Any]:
     """Do the work, verify and publish; a failure or interruption leaves the staging folder for the next run."""
     settings = job.settings
     writer = CheckpointWriter(job.target, [], identity, overwrite=settings.overwrite, resume=settings.resume)
-    job.progress.log_to(log_path(job.target))
-    try:
+    with working(job, writer, out_of_memory=AGAIN):
         rows = run_units(job, writer)
         job.progress.say("verifying: reading everything back", detail=True)
         files = gather(job, writer)
@@ -194,18 +193,6 @@ def execute(job: Job, identity: dict[str, Any]) -> dict[str, Any]:
             "checks": checks,
         }
         return publish(job, writer, identity, rows, facts, files)
-    except BaseException as error:
-        job.progress.note(f"{type(error).__name__}: {error}")
-        if isinstance(error, WeightworksError) and not writer.steps:
-            writer.discard()  # refused before work: there is nothing to continue
-        if ran_out(error):
-            raise ResourceError(
-                "out of memory; what is finished is kept", hint="close other programs, run it again"
-            ) from error
-        raise
-    finally:
-        writer.close()
-        job.progress.close()
 
 
 def residuals(rows: Sequence[dict[str, Any]]) -> dict[str, float] | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,34 +33,8 @@ def run(
     """
     entry = catalog.find(kind, method)
     options, settings = divide(values, entry.load().Options, entry.label)
-    outcome = run_stage(
-        kind,
-        method,
-        str(model),
-        options,
-        settings,
-        teacher=None if teacher is None else str(teacher),
-        output_dir=None if output_dir is None else Path(output_dir),
-        dry_run=dry_run,
-        progress=progress,
-    )
-    return _strictly(outcome, settings)
-
-
-def choose(
-    method: str,
-    model: str | Path,
-    values: Mapping[str, Any],
-    *,
-    teacher: str | Path | None = None,
-    output_dir: str | Path | None = None,
-    dry_run: bool = False,
-    progress: Progress | None = None,
-) -> Outcome:
-    """Choose rows for ``model`` with ``select.method``; as :func:`run` does."""
-    entry = catalog.find("select", method)
-    options, settings = divide(values, entry.load().Options, entry.label)
-    outcome = run_select(
+    start = run_select if kind == "select" else partial(run_stage, kind)
+    outcome = start(
         entry.name,
         str(model),
         options,

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from weightworks.store.manifest import read_provenance
+from weightworks.store.manifest import made_by, read_provenance
 
 SELECTED = "selected.jsonl"  # the file of the rows chosen, in the folder of a choice
 
@@ -21,5 +21,4 @@ def chosen_by(dataset: str, called: Mapping[str, str] | None = None) -> dict[str
     if provenance is None or "selection" not in provenance:
         return None
     folder = (called or {}).get(str(path.parent), str(path.parent))
-    made_by = {key: provenance.get(key) for key in ("stage", "identity", "source", "calibration")}
-    return {"name": f"{folder}/{SELECTED}", "made_by": made_by}
+    return {"name": f"{folder}/{SELECTED}", "made_by": made_by(provenance)}

@@ -19,13 +19,13 @@ from weightworks.engine.machine import free_memory, pick_device, resident
 from weightworks.engine.mergejob import Input, MergeJob, open_inputs
 from weightworks.engine.merging import LOOK, Merging, slab_rows, surveys_of
 from weightworks.engine.side import matrix_bytes
-from weightworks.errors import ResourceError, WeightworksError
 from weightworks.plan.heldout import costs, digests, fit, held_out
 from weightworks.plan.renormalising import Renormalising
-from weightworks.plan.stage import Outcome, finished, keep_inputs, log_path, short_name
+from weightworks.plan.stage import Outcome, finished, keep_inputs, short_name
 from weightworks.plan.texts import check_windows, stored_dtype
 from weightworks.plan.tying import alike
 from weightworks.plan.vocabularies import matched
+from weightworks.plan.working import AGAIN, working
 from weightworks.report.progress import Progress
 from weightworks.stage import catalog
 from weightworks.stage.settings import Settings
@@ -34,7 +34,6 @@ from weightworks.store.dense import DenseView
 from weightworks.store.manifest import read_provenance
 from weightworks.store.tokenizerfile import FILE
 from weightworks.store.writer import CheckpointWriter, check_target
-from weightworks.stream.memory import ran_out
 from weightworks.stream.skeleton import build
 from weightworks.stream.vocabulary import check_ids
 
@@ -152,8 +151,7 @@ def execute(
         resume=settings.resume,
         side=job.side,
     )
-    job.progress.log_to(log_path(job.target))
-    try:
+    with working(job, writer, out_of_memory=AGAIN):
         fitted: Any = None
         facts: dict[str, Any] = {}
         if job.options.align:
@@ -184,18 +182,6 @@ def execute(
             "merge": {"found": merging.found if STATE_FILE in job.side else None},
         }
         return publish(job, writer, identity, rows, facts, files)
-    except BaseException as error:
-        job.progress.note(f"{type(error).__name__}: {error}")
-        if isinstance(error, WeightworksError) and not writer.steps:
-            writer.discard()  # refused before work: there is nothing to continue
-        if ran_out(error):
-            raise ResourceError(
-                "out of memory; what is finished is kept", hint="close other programs and run the same command again"
-            ) from error
-        raise
-    finally:
-        writer.close()
-        job.progress.close()
 
 
 def check(job: MergeJob, staged: Checkpoint) -> tuple[dict[str, Any], dict[str, float]]:

@@ -15,10 +15,11 @@ from weightworks.engine.estimate import BYTES_A_SECOND, RUNTIME_BYTES, Estimate,
 from weightworks.engine.job import digest_of, identity_of, origin
 from weightworks.engine.machine import compute_dtype, free_memory, pick_device, resident, speeds
 from weightworks.engine.measuring import Embed, Measuring, Parts, Through, sentence_embedder
-from weightworks.errors import CalibrationError, MethodError, ResourceError, UsageError, WeightworksError
+from weightworks.errors import CalibrationError, MethodError, UsageError
 from weightworks.plan.chosen import SELECTED
-from weightworks.plan.stage import Outcome, finished, keep_inputs, log_path, opened, short_name, where
+from weightworks.plan.stage import Outcome, finished, keep_inputs, opened, short_name, where
 from weightworks.plan.texts import stored_dtype
+from weightworks.plan.working import working
 from weightworks.report.progress import Progress
 from weightworks.report.selection import selection_page
 from weightworks.stage import catalog
@@ -30,7 +31,6 @@ from weightworks.store.sources import file_digest, is_text_file
 from weightworks.store.writer import CheckpointWriter, check_target
 from weightworks.stream.calibration import describe, load_tokenizer
 from weightworks.stream.examples import Examples, all_examples, read_rows
-from weightworks.stream.memory import ran_out
 from weightworks.stream.passes import BATCH_TOKENS
 from weightworks.stream.skeleton import CONTEXT_KEYS, UNLIMITED
 
@@ -192,8 +192,7 @@ def _execute(job: SelectJob, identity: dict[str, Any], costs: Estimate) -> dict[
     """Measure, choose, write and publish; a failure or interruption leaves what is finished for the next run."""
     settings = job.settings
     writer = CheckpointWriter(job.target, (), identity, overwrite=settings.overwrite, resume=settings.resume)
-    job.progress.log_to(log_path(job.target))
-    try:
+    with working(job, writer):
         examples = job.examples
         pool = Pool(examples.texts, examples.tokens, settings.seed)
         if job.models is not None:
@@ -203,19 +202,6 @@ def _execute(job: SelectJob, identity: dict[str, Any], costs: Estimate) -> dict[
             pool = Pool(examples.texts, examples.tokens, settings.seed, measures.embeddings, measures.degradation)
         choice = job.method.select(pool, job.count, job.progress.say)
         return _publish(job, writer, identity, pool, choice)
-    except BaseException as error:
-        job.progress.note(f"{type(error).__name__}: {error}")
-        if isinstance(error, WeightworksError) and not writer.steps:
-            writer.discard()  # refused before work: there is nothing to continue
-        if ran_out(error):
-            raise ResourceError(
-                "out of memory; what is finished is kept",
-                hint="run it again with a smaller --max-memory or --seq-len, or close other programs",
-            ) from error
-        raise
-    finally:
-        writer.close()
-        job.progress.close()
 
 
 def _publish(

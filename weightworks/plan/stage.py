@@ -28,11 +28,12 @@ from weightworks.engine.survey import run_surveys
 from weightworks.engine.tensorwise import run_tensorwise
 from weightworks.engine.trained import check_trainable
 from weightworks.engine.training_costs import estimate_training
-from weightworks.errors import DegradedError, OutputError, ResourceError, WeightworksError
+from weightworks.errors import DegradedError, OutputError
 from weightworks.plan.chosen import chosen_by
 from weightworks.plan.keys import reads_text, trains
 from weightworks.plan.reduce import plan_reduction
 from weightworks.plan.texts import Text, calibrate, check_windows, dtype_of_passes, lessons
+from weightworks.plan.working import working
 from weightworks.report.card import hardware
 from weightworks.report.progress import Progress
 from weightworks.stage import catalog
@@ -44,7 +45,8 @@ from weightworks.store.packing import told
 from weightworks.store.sources import file_digest
 from weightworks.store.writer import CheckpointWriter, check_target
 from weightworks.stream.lessons import Lessons
-from weightworks.stream.memory import ran_out
+
+SPILL = "run it again with a smaller --max-memory, so that activations go to disk, or close other programs"
 
 
 @dataclass
@@ -182,8 +184,7 @@ def execute(
         resume=settings.resume,
         side=None if isinstance(job, ReduceJob) else job.side,
     )
-    job.progress.log_to(log_path(job.target))
-    try:
+    with working(job, writer, out_of_memory=SPILL):
         calibration = None if isinstance(text, Lessons) else text
         if isinstance(job, ReduceJob):
             assert calibration is not None
@@ -210,19 +211,6 @@ def execute(
             in_memory=results,
             reload_blocks=costs.reload_blocks,
         )
-    except BaseException as error:
-        job.progress.note(f"{type(error).__name__}: {error}")
-        if isinstance(error, WeightworksError) and not writer.steps:
-            writer.discard()  # refused before work: there is nothing to continue
-        if ran_out(error):
-            raise ResourceError(
-                "out of memory; what is finished is kept",
-                hint="run it again with a smaller --max-memory, so that activations go to disk, or close other programs",
-            ) from error
-        raise
-    finally:
-        writer.close()
-        job.progress.close()
 
 
 def worked(
@@ -241,19 +229,10 @@ def worked(
     run_surveys(job, writer, calibration, probe, dtype, on_disk=costs.on_disk)
     if isinstance(text, Lessons) and job.keeps_adapter:
         results = Beside(job, writer, text, probe, dtype, recompute=costs.recompute).run()
-    elif isinstance(text, Lessons):
-        if job.method.regime().window is None:
-            results = Training(job, writer, text, probe, dtype, recompute=costs.recompute).run()
-        else:
-            results = Reconstruction(job, writer, text, probe, dtype, on_disk=costs.on_disk).run()
+    elif isinstance(text, Lessons) or hasattr(job.method, "renormalises"):
+        results = recovered(job, writer, text, probe, dtype, costs)
         copy_rest(job, writer)
-        whole = costs.reload_blocks == len(job.skeleton.blocks)
-        results["partial"] = results["result"] if whole else None
-    elif calibration is not None and hasattr(job.method, "renormalises"):
-        results = repair(job, writer, calibration, probe, on_disk=costs.on_disk)
-        copy_rest(job, writer)
-        whole = costs.reload_blocks == len(job.skeleton.blocks)
-        results["partial"] = results["result"] if whole else None
+        results["partial"] = results["result"] if costs.reload_blocks == len(job.skeleton.blocks) else None
     elif calibration is not None and job.blockwise:
         results = Blockwise(
             job,
@@ -273,6 +252,7 @@ def worked(
                 job, writer, calibration, probe, on_disk=costs.on_disk, traced_bytes=costs.statistics_bytes
             ).run(solved(job, writer))
         else:
+            # Other processes open the checkpoint themselves, and would not see it smoothed.
             rows = run_tensorwise(job, writer, None if smoothing else executor)
         results = {"rows": rows, "dense": stream_perplexity(job, job.view, probe)}
         copy_rest(job, writer)
@@ -280,6 +260,18 @@ def worked(
         results["result"] = stream_perplexity(job, written, probe)
         results["partial"] = stream_perplexity(job, written, probe, costs.reload_blocks)
     return results | smoothing
+
+
+def recovered(
+    job: Job, writer: CheckpointWriter, text: Text | None, probe: torch.Tensor, dtype: torch.dtype, costs: Estimate
+) -> dict[str, Any]:
+    """A model changed as a whole, by training or by what its layers put out."""
+    if not isinstance(text, Lessons):
+        assert text is not None
+        return repair(job, writer, text, probe, on_disk=costs.on_disk)
+    if job.method.regime().window is None:
+        return Training(job, writer, text, probe, dtype, recompute=costs.recompute).run()
+    return Reconstruction(job, writer, text, probe, dtype, on_disk=costs.on_disk).run()
 
 
 def calibrated(job: Job | ReduceJob, text: Text, dtype: torch.dtype) -> dict[str, Any]:
@@ -324,11 +316,6 @@ def default_target(checkpoint: Checkpoint, method: str, options: Any) -> Path:
     size = getattr(options, "group_size", -1)
     group = "" if size == -1 else f"g{size}"
     return Path(f"{name}-{method}-w{bits}{group}{'' if getattr(options, 'sym', True) else '-asym'}")
-
-
-def log_path(target: Path) -> Path:
-    """The log beside the output."""
-    return target.with_name(target.name + ".run.log")
 
 
 def finished(target: Path, identity: dict[str, Any]) -> dict[str, Any] | None:

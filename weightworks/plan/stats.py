@@ -24,9 +24,10 @@ from weightworks.engine.statistics import (
     gram_specs,
 )
 from weightworks.engine.walk import Walk
-from weightworks.errors import OutputError, ResourceError, WeightworksError
-from weightworks.plan.stage import keep_inputs, log_path, short_name
+from weightworks.errors import OutputError, ResourceError
+from weightworks.plan.stage import keep_inputs, short_name
 from weightworks.plan.texts import calibrate, check_windows, stored_dtype
+from weightworks.plan.working import working
 from weightworks.report.progress import Progress
 from weightworks.stage.settings import Settings
 from weightworks.stage.statistics import StatisticsOptions
@@ -35,7 +36,6 @@ from weightworks.store.shards import planned_bytes
 from weightworks.store.statistics import ENTRY, read_facts
 from weightworks.store.writer import CheckpointWriter, check_target
 from weightworks.stream.calibration import Calibration
-from weightworks.stream.memory import ran_out
 
 VERSION = 1  # of the figures: part of the identity
 FILE = "statistics.safetensors"  # the file's name until it is published under its own
@@ -134,8 +134,7 @@ def _execute(
         side={FILE: specs},
         metadata={ENTRY: json.dumps(facts, sort_keys=True)},
     )
-    job.progress.log_to(log_path(job.target))
-    try:
+    with working(job, writer):
         if gram:
             probe = check_windows(job.checkpoint, job.skeleton, trust_remote_code=settings.trust_remote_code)
             walk = Walk(job, writer, "gram", text.tokens, probe, dtype, on_disk=costs.on_disk)
@@ -146,19 +145,6 @@ def _execute(
         writer.read_back()
         writer.commit(only=FILE)
         return notes
-    except BaseException as error:
-        job.progress.note(f"{type(error).__name__}: {error}")
-        if isinstance(error, WeightworksError) and not writer.steps:
-            writer.discard()  # refused before work: there is nothing to continue
-        if ran_out(error):
-            raise ResourceError(
-                "out of memory; what is finished is kept",
-                hint="run it again with a smaller --max-memory or --seq-len, or close other programs",
-            ) from error
-        raise
-    finally:
-        writer.close()
-        job.progress.close()
 
 
 def _estimate(job: Job, text: Calibration, dtype: torch.dtype) -> Estimate:

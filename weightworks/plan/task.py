@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -174,28 +175,15 @@ def _run(task: Task, *, dry_run: bool, executor: Executor | None = None) -> Any:
             called=called,
         )
     _, model = task.inputs["model"][0]
-    if task.kind == "select":
-        from weightworks.plan.select import run_select
-
-        return run_select(
-            task.method,
-            model,
-            dict(task.options),
-            settings,
-            teacher=next((path for _, path in task.inputs.get("teacher", ())), None),
-            output_dir=task.target,
-            dry_run=dry_run,
-            progress=progress,
-            called=called,
-        )
     from weightworks.plan.chosen import SELECTED
+    from weightworks.plan.select import run_select
     from weightworks.plan.stage import run_stage
 
     rows = next((Path(folder) / SELECTED for _, folder in task.inputs.get("data", ())), None)
     if rows is not None and (rows.is_file() or not dry_run):  # an estimate may come before they are chosen
         settings = settings.model_copy(update={"dataset": str(rows)})
-    return run_stage(
-        task.kind,
+    start = run_select if task.kind == "select" else partial(run_stage, task.kind, executor=executor)
+    return start(
         task.method,
         model,
         dict(task.options),
@@ -205,7 +193,6 @@ def _run(task: Task, *, dry_run: bool, executor: Executor | None = None) -> Any:
         dry_run=dry_run,
         progress=progress,
         called=called,
-        executor=executor,
     )
 
 

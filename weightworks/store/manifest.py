@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,11 @@ def read_provenance(root: Path) -> dict[str, Any] | None:
     if not isinstance(value, dict) or not isinstance(value.get("files"), dict):
         raise CheckpointError(f"{path}: not a provenance of weightworks", hint="remove it if another tool wrote it")
     return value
+
+
+def made_by(provenance: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a provenance goes into that of whatever is made from its folder."""
+    return {key: provenance.get(key) for key in ("stage", "identity", "source", "calibration")}
 
 
 def changed_files(root: Path, provenance: dict[str, Any]) -> list[str]:
