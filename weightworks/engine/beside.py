@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -17,14 +18,44 @@ from weightworks.engine.finish import TOLERANCE, publish, stream_perplexity, ver
 from weightworks.engine.job import Job
 from weightworks.engine.modelwise import Training
 from weightworks.errors import VerificationError
+from weightworks.report.card import trained_adapter_card
 from weightworks.store.adapted import AdaptedCheckpoint
-from weightworks.store.adapters import CONFIG, PREFIX, Adapter
+from weightworks.store.adapters import CONFIG, PREFIX, WEIGHTS, Adapter
 from weightworks.store.sources import file_digest
+from weightworks.store.tensorfile import TensorSpec
 from weightworks.store.writer import CheckpointWriter
 from weightworks.stream.skeleton import DenseReader
 from weightworks.stream.whole import Whole
 
 Factors = Callable[[str], tuple[torch.Tensor, torch.Tensor]]  # B [out, rank] and A [rank, in] of a module, scaling in B
+
+
+class AdapterJob(Job):
+    """A job whose output is an adapter, a side file; its model stays as it is."""
+
+    def _admit(self) -> None:
+        """A quantized one is decoded as it is read."""
+
+    @cached_property
+    def specs(self) -> list[TensorSpec]:
+        return []
+
+    @cached_property
+    def side(self) -> dict[str, list[TensorSpec]]:
+        """A and B of every adapted module under PEFT's names, in float32."""
+        specs = []
+        for linear in (self.adaptable[name] for name in self.subset.adapters):
+            rows, columns, rank = *linear.shape, int(self.options.rank)
+            name = f"{PREFIX}{linear.module}.lora"
+            specs.append(TensorSpec(f"{name}_A.weight", (rank, columns), torch.float32))
+            specs.append(TensorSpec(f"{name}_B.weight", (rows, rank), torch.float32))
+        return {WEIGHTS: sorted(specs, key=lambda spec: spec.name)}
+
+    def account(self) -> dict[str, Any]:
+        return {"input": len(self.checkpoint.tensors), "transformed": 0, "copied": 0, "dropped": 0}
+
+    def card(self, provenance: dict[str, Any]) -> str:
+        return trained_adapter_card(self.checkpoint, self.target.name, provenance)
 
 
 class Beside(Training):

@@ -22,13 +22,13 @@ import torch
 
 import weightworks
 from weightworks.errors import CheckpointError, MethodError
-from weightworks.report.card import model_card, trained_adapter_card
+from weightworks.report.card import model_card
 from weightworks.report.progress import Progress
 from weightworks.stage.protocols import Solution, Target
 from weightworks.stage.settings import Settings
 from weightworks.stage.tweaking import Tweak, tweak_of
 from weightworks.store.adapted import AdaptedCheckpoint
-from weightworks.store.adapters import PREFIX, WEIGHTS, Adapter
+from weightworks.store.adapters import Adapter
 from weightworks.store.checkpoint import FACTORS, MASKS, Checkpoint
 from weightworks.store.dense import DenseView
 from weightworks.store.factors import factor_specs
@@ -71,8 +71,7 @@ class Job:
 
     def __post_init__(self) -> None:
         self.view: DenseView = DenseView(self.checkpoint)
-        if not self.keeps_adapter:
-            refuse_packed(self.view)
+        self._admit()
         self.skeleton = build(self.view, trust_remote_code=self.settings.trust_remote_code)
         dtypes = {spec.name: spec.dtype for spec in self.view.specs}
         self.blocks = []
@@ -90,10 +89,9 @@ class Job:
     def options(self) -> Any:
         return self.method.options
 
-    @property
-    def keeps_adapter(self) -> bool:
-        """Whether the output is an adapter, and the model stays as it is."""
-        return bool(getattr(self.method, "keeps_adapter", False))
+    def _admit(self) -> None:
+        """Refuse a checkpoint that no method of this shape takes."""
+        refuse_packed(self.view)
 
     @cached_property
     def linears(self) -> dict[str, Linear]:
@@ -237,10 +235,8 @@ class Job:
 
     @cached_property
     def specs(self) -> list[TensorSpec]:
-        """Every tensor of the output, in the order of the input; none where it is an adapter, which is a side file."""
+        """Every tensor of the output, in the order of the input."""
         specs: list[TensorSpec] = []
-        if self.keeps_adapter:
-            return specs
         for spec in self.checkpoint.specs:
             linear = self.linears.get(spec.name)
             if linear is None or self.format is None or self.scheme is None:
@@ -259,8 +255,6 @@ class Job:
             return {
                 FACTORS: [spec for name, one in of for spec in factor_specs(name, one.shape, sizes[name], one.dtype)]
             }
-        if self.keeps_adapter:
-            return {WEIGHTS: self._adapter_specs()}
         if not getattr(self.method, "masks", False):
             if self.masks is None or not hasattr(self.method, "subset"):
                 return {}
@@ -268,16 +262,6 @@ class Job:
                 MASKS: [TensorSpec(name + SUFFIX, info.shape, info.dtype) for name, info in self.masks.infos.items()]
             }
         return {MASKS: [mask_spec(linear.tensor, self._stored_shape(linear)) for linear in self.linears.values()]}
-
-    def _adapter_specs(self) -> list[TensorSpec]:
-        """A and B of every adapted module under PEFT's names, in float32."""
-        specs = []
-        for linear in (self.adaptable[name] for name in self.subset.adapters):
-            rows, columns, rank = *linear.shape, int(self.options.rank)
-            name = f"{PREFIX}{linear.module}.lora"
-            specs.append(TensorSpec(f"{name}_A.weight", (rank, columns), torch.float32))
-            specs.append(TensorSpec(f"{name}_B.weight", (rows, rank), torch.float32))
-        return sorted(specs, key=lambda spec: spec.name)
 
     @cached_property
     def adaptable(self) -> dict[str, Linear]:
@@ -380,8 +364,6 @@ class Job:
 
     def account(self) -> dict[str, Any]:
         """What became of every input tensor: transformed or copied, with the reason a matrix was left as it is."""
-        if self.keeps_adapter:
-            return {"input": len(self.checkpoint.tensors), "transformed": 0, "copied": 0, "dropped": 0}
         done = self.changed if self.tweak is None else {*self.linears, *self.tuned}
         rescaled = self.replaced - done
         copied = [name for name in self.checkpoint.tensors if name not in done | rescaled]
@@ -425,8 +407,6 @@ class Job:
 
     def card(self, provenance: dict[str, Any]) -> str:
         """The model card of the output."""
-        if self.keeps_adapter:
-            return trained_adapter_card(self.checkpoint, self.target.name, provenance)
         return model_card(self.checkpoint, self.target.name, provenance, provenance["checks"]["dequantize"])
 
     def identity(self, **facts: Any) -> dict[str, Any]:

@@ -89,6 +89,7 @@ class MergeJob:
     selection: dict[str, Any] | None = field(init=False, default=None)  # how the members were chosen
     continued: Earlier | None = field(init=False, default=None)  # what it left
     statistics: tuple[Statistics, ...] = field(init=False, default=())  # of each model, where the method wants them
+    masks: dict[str, Carried] = field(init=False)  # of the output, by tensor
     keys: dict[tuple[int, str], str] = field(init=False, default_factory=dict)  # of contents, as far as they are known
     skeleton: Any = field(init=False, default=None)  # of the written output, once it is there
     returns_tuple: int = field(init=False, default=0)
@@ -100,7 +101,7 @@ class MergeJob:
         self.layout = self.planner.layout(self)
         self.continued = open_earlier(self)
         self.statistics = open_statistics(self)
-        self.masks  # noqa: B018 (what is pruned in different places is refused now)
+        self.masks = carried_masks(self)
 
     def choose(self, members: Sequence[int]) -> None:
         """Merge ``members`` alone, numbers among the models. The output's tensors stay the same."""
@@ -161,11 +162,6 @@ class MergeJob:
     def specs(self) -> list[TensorSpec]:
         """Every tensor of the output, in order of names."""
         return [part.spec for part in self.parts]
-
-    @cached_property
-    def masks(self) -> dict[str, Carried]:
-        """The masks of the output, by tensor; differing ones of the models are refused."""
-        return carried_masks(self)
 
     @property
     def merged(self) -> list[Part]:

@@ -19,7 +19,7 @@ from weightworks.store.writer import CheckpointWriter
 from weightworks.stream.activations import Activations
 from weightworks.stream.gram import Gram
 from weightworks.stream.linears import Group, block_linears, find_stages, held_weight, read_linear, watch
-from weightworks.stream.norms import Form, makers, scaled
+from weightworks.stream.norms import form_of, makers, scaled
 from weightworks.stream.passes import Windows
 from weightworks.stream.replay import BlockCall
 
@@ -187,16 +187,8 @@ class Tuner:
 
 @torch.no_grad()
 def scale(norm: nn.Module, factors: torch.Tensor) -> None:
-    """Multiply what ``norm`` puts out by ``factors`` [hidden], through its gains and its bias.
-
-    Some models store gains less one (Gemma): a norm whose gains and bias are zero then still puts something out.
-    """
+    """Multiply what ``norm`` puts out by ``factors`` [hidden], through its gains and its bias."""
     values = dict(norm.named_parameters(recurse=False))
-    kept = {name: value.data.clone() for name, value in values.items()}
-    for value in values.values():
-        value.data.zero_()
-    probe = torch.arange(1.0, len(factors) + 1, device=factors.device)[None]
-    form: Form = "offset" if norm(probe).any() else "plain"
-    values["weight"].data.copy_(scaled(kept["weight"], 1 / factors, form))
+    values["weight"].data.copy_(scaled(values["weight"].data, 1 / factors, form_of(norm)))
     if "bias" in values:
-        values["bias"].data.copy_(kept["bias"] * factors)
+        values["bias"].data.mul_(factors)

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from weightworks.engine.beside import Beside, finish_adapter
+from weightworks.engine.beside import AdapterJob, Beside, finish_adapter
 from weightworks.engine.blockwise import Blockwise, Written, prove_first
 from weightworks.engine.estimate import Estimate, estimate, refuse
 from weightworks.engine.executor import Executor
@@ -110,10 +110,11 @@ def run_stage(
         check_target(target, overwrite=settings.overwrite)
     device = pick_device(settings.device)
     parts = entry.label, module.VERSION, method, settings, checkpoint, target, progress, device
+    make = AdapterJob if getattr(method, "keeps_adapter", False) else Job
     job = (
         plan_reduction(*parts)
         if hasattr(method, "reduces")
-        else Job(*parts, original, chosen_by(settings.dataset, called))
+        else make(*parts, original, chosen_by(settings.dataset, called))
     )
     text: Text | None = None
     if isinstance(job, Job) and trains(method):
@@ -192,14 +193,14 @@ def execute(
             return reduce(job, run, identity, calibrated(job, calibration, dtype), costs.reload_blocks)
         results = worked(job, writer, text, probe, dtype, costs, executor)
         facts: dict[str, Any] = {
-            **({} if job.keeps_adapter else {"size": sizes(job, results["rows"])}),
+            **({} if isinstance(job, AdapterJob) else {"size": sizes(job, results["rows"])}),
             **({"format": f"{job.format.name}: {told(job.scheme)}"} if job.format and job.scheme else {}),
             "quality": {key: results[key] for key in ("dense", "result")},
             **{key: results[key] for key in ("smoothing", "training", "renormalisation", "norms") if key in results},
         }
         if text is not None:
             facts |= calibrated(job, text, dtype)
-        if job.keeps_adapter:
+        if isinstance(job, AdapterJob):
             return finish_adapter(job, writer, identity, results, facts, probe=probe)
         return finish(
             job,
@@ -227,7 +228,7 @@ def worked(
     calibration = None if isinstance(text, Lessons) else text
     smoothing = smooth(job, writer, calibration, probe, dtype, on_disk=costs.on_disk)
     run_surveys(job, writer, calibration, probe, dtype, on_disk=costs.on_disk)
-    if isinstance(text, Lessons) and job.keeps_adapter:
+    if isinstance(text, Lessons) and isinstance(job, AdapterJob):
         results = Beside(job, writer, text, probe, dtype, recompute=costs.recompute).run()
     elif isinstance(text, Lessons) or hasattr(job.method, "renormalises"):
         results = recovered(job, writer, text, probe, dtype, costs)

@@ -100,7 +100,7 @@ def block_linears(skeleton: Skeleton, index: int, dtypes: Mapping[str, torch.dty
     return linears, others
 
 
-class _Products(TorchFunctionMode):
+class Products(TorchFunctionMode):
     """Calls ``seen(address, input)`` for every product with a parameter of the block."""
 
     def __init__(self, block: nn.Module, seen: Callable[[Address, torch.Tensor], None]) -> None:
@@ -143,7 +143,7 @@ def find_stages(
         alive.append(x)
         order.setdefault(address, numbers.setdefault((x.data_ptr(), x.numel(), x._version), len(numbers)))
 
-    with _Products(block, seen):
+    with Products(block, seen):
         call.run(block, hidden)
     called: dict[str, int] = {}
     for (parameter, _), number in order.items():
@@ -194,7 +194,7 @@ def watch(
                 raise _StopForward
 
     try:
-        with _Products(block, seen):
+        with Products(block, seen):
             call.run(block, hidden)
     except _StopForward:
         pass

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from weightworks.stream.linears import Group, Linear, _Products
+from weightworks.stream.linears import Group, Linear, Products
 from weightworks.stream.replay import BlockCall
 
 PROOF = 1e-5  # of the largest output; scales are powers of two, so 0 is usual
@@ -39,11 +39,11 @@ def feeds(
     others: list[Linear] = []
     for group in groups:
         name = fed.get(group.leader)
-        form = None if name is None else _form(block, name, group, call, hidden, expected)
-        if name is None or form is None:
-            others += group.linears
+        feed = None if name is None else Feed(name, form_of(block.get_submodule(name)), group.linears)
+        if feed is not None and _feeds_alone(block, feed, call, hidden, expected):
+            found.append(feed)
         else:
-            found.append(Feed(name, form, group.linears))
+            others += group.linears
     return found, others
 
 
@@ -79,7 +79,7 @@ def makers(block: nn.Module, call: BlockCall, hidden: torch.Tensor, groups: Sequ
     ]
     handles = [module.register_forward_hook(hook(name)) for name, module in norms]
     try:
-        with _Products(block, seen):
+        with Products(block, seen):
             call.run(block, hidden.clone())
     finally:
         for handle in handles:
@@ -88,32 +88,41 @@ def makers(block: nn.Module, call: BlockCall, hidden: torch.Tensor, groups: Sequ
     return {leader: name for leader, name in found.items() if widths[name] == leaders[leader]}
 
 
-def _form(
-    block: nn.Module, name: str, group: Group, call: BlockCall, hidden: torch.Tensor, expected: torch.Tensor
-) -> Form | None:
-    """How the norm uses its weight, if the block's output stays when it and the group are scaled against each other."""
-    norm: Any = block.get_submodule(name)
-    scale = torch.ones(group.columns, device=hidden.device)
+@torch.no_grad()
+def form_of(norm: nn.Module) -> Form:
+    """How a norm uses its weight: one that multiplies by one more still puts something out when weight and bias are zero."""
+    values = dict(norm.named_parameters(recurse=False))
+    kept = {name: value.data.clone() for name, value in values.items()}
+    for value in values.values():
+        value.data.zero_()
+    gains = values["weight"]
+    probe = torch.arange(1.0, len(gains) + 1, device=gains.device)[None]
+    form: Form = "offset" if norm(probe).any() else "plain"
+    for name, value in values.items():
+        value.data.copy_(kept[name])
+    return form
+
+
+def _feeds_alone(block: nn.Module, feed: Feed, call: BlockCall, hidden: torch.Tensor, expected: torch.Tensor) -> bool:
+    """Whether the block's output stays when the norm and the linears are scaled against each other."""
+    if any(linear.piece.expert is not None or linear.transposed for linear in feed.linears):
+        return False
+    norm: Any = block.get_submodule(feed.module)
+    scale = torch.ones(feed.linears[0].shape[1], device=hidden.device)
     scale[::2], scale[1::3] = 2.0, 0.5
-    weights = [block.get_parameter(linear.parameter) for linear in group.linears]
-    if any(linear.piece.expert is not None or linear.transposed for linear in group.linears):
-        return None
+    weights = [block.get_parameter(linear.parameter) for linear in feed.linears]
     kept = [tensor.data for tensor in (norm.weight, *weights)]
     bias = getattr(norm, "bias", None)
-    forms: tuple[Form, ...] = ("plain", "offset")
-    for form in forms:
-        try:
-            norm.weight.data = scaled(kept[0], scale, form)
-            if bias is not None:
-                bias.data = bias.data / scale
-            for weight, before in zip(weights, kept[1:], strict=True):
-                weight.data = before * scale
-            got = call.run(block, hidden.clone())
-        finally:
-            for tensor, before in zip((norm.weight, *weights), kept, strict=True):
-                tensor.data = before
-            if bias is not None:
-                bias.data = bias.data * scale
-        if float((got - expected).abs().max()) <= PROOF * float(expected.abs().max()):
-            return form
-    return None
+    try:
+        norm.weight.data = scaled(kept[0], scale, feed.form)
+        if bias is not None:
+            bias.data = bias.data / scale
+        for weight, before in zip(weights, kept[1:], strict=True):
+            weight.data = before * scale
+        got = call.run(block, hidden.clone())
+    finally:
+        for tensor, before in zip((norm.weight, *weights), kept, strict=True):
+            tensor.data = before
+        if bias is not None:
+            bias.data = bias.data * scale
+    return float((got - expected).abs().max()) <= PROOF * float(expected.abs().max())
