@@ -188,9 +188,10 @@ def test_killed_again_and_again(compress: Commands, small: Path, sparse: Path, t
         killed += 1
         assert killed < 12
     assert run.code == 0, run.err
-    assert killed == 6 + 2 * (
-        where == "disk"
-    )  # the proof, the teacher (two blocks), two steps, the changed, the copied
+    blocks = (
+        2 if where == "disk" else 0
+    )  # of the teacher; beside the proof, its loss, two steps, the changed, the copied
+    assert killed == 6 + blocks
     assert contents(tmp_path / "a" / "out") == contents(tmp_path / "b" / "out")
 
 
@@ -210,9 +211,7 @@ def test_estimates_say_where_the_teacher_is(compress: Commands, small: Path, spa
         assert run.code == 0, run.err
         costs[where] = run.json["estimate"]
         assert ("streamed once" in run.err) == (where == "disk")
-    assert (
-        costs["memory"]["teacher_bytes"] == 2 * Checkpoint.open(small).nbytes
-    )  # float32 of what is stored as bfloat16
+    assert costs["memory"]["teacher_bytes"] == 2 * Checkpoint.open(small).nbytes  # float32 of what is bfloat16
     assert costs["memory"]["taught_bytes"] == 0
     assert costs["disk"]["taught_bytes"] > 0
     assert costs["disk"]["disk_bytes"] == costs["memory"]["disk_bytes"] + costs["disk"]["taught_bytes"]

@@ -27,7 +27,7 @@ FEW: dict[str, Any] = {
     "batch_size": 4,
     "train": ["weights"],
     "lr": 5e-3,
-}  # soon learned by heart
+}  # soon known by heart
 DONE = "weightworks.store.writer:CheckpointWriter.done"
 ALWAYS = [["constant", f"weightworks.engine.modelwise:SAVE_{name}", 0] for name in ("SECONDS", "SHARE")]
 

@@ -112,9 +112,8 @@ class Imitating:
         aims = batch.labels[:, 1:]
         learned = aims != IGNORED  # [n, seq - 1]
         with watched(self.job.skeleton) as states, casting(self.job.device, self.dtype):
-            logits = (
-                model.model(input_ids=batch.tokens, use_cache=False).logits[:, :-1][learned].float()
-            )  # [learned, vocabulary]
+            made = model.model(input_ids=batch.tokens, use_cache=False).logits[:, :-1]
+        logits = made[learned].float()  # [learned, vocabulary]
         total = torch.zeros((), device=self.job.device)
         if wanted.text:
             total = total + wanted.text * nn.functional.cross_entropy(logits, aims[learned], reduction="sum")
