@@ -188,10 +188,8 @@ def test_killed_again_and_again(compress: Commands, small: Path, sparse: Path, t
         killed += 1
         assert killed < 12
     assert run.code == 0, run.err
-    blocks = (
-        2 if where == "disk" else 0
-    )  # of the teacher; beside the proof, its loss, two steps, the changed, the copied
-    assert killed == 6 + blocks
+    # The proof, the teacher's loss, two steps, the changed, the copied; and two blocks of a teacher that is streamed.
+    assert killed == 6 + (2 if where == "disk" else 0)
     assert contents(tmp_path / "a" / "out") == contents(tmp_path / "b" / "out")
 
 

@@ -21,13 +21,8 @@ QUICK: dict[str, Any] = {
     "dataset": str(CALIBRATION_TEXT), "seq_len": 32, "device": "cpu", "dtype": "float32", "batch_size": 2, "held_out": 4,
     "num_samples": 24, "steps": 12, "look_every": 2, "patience": 2, "schedule": "ft", "train": ["norm"],
 }  # fmt: skip
-FEW: dict[str, Any] = {
-    **QUICK,
-    "num_samples": 6,
-    "batch_size": 4,
-    "train": ["weights"],
-    "lr": 5e-3,
-}  # soon known by heart
+# So few rows that they are soon known by heart.
+FEW: dict[str, Any] = {**QUICK, "num_samples": 6, "batch_size": 4, "train": ["weights"], "lr": 5e-3}
 DONE = "weightworks.store.writer:CheckpointWriter.done"
 ALWAYS = [["constant", f"weightworks.engine.modelwise:SAVE_{name}", 0] for name in ("SECONDS", "SHARE")]
 
