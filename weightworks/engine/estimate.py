@@ -20,6 +20,7 @@ from weightworks.engine.machine import free_memory, resident, speeds
 from weightworks.engine.reducing import ReduceJob
 from weightworks.errors import ResourceError
 from weightworks.stage.protocols import by_gradients
+from weightworks.store.mixed import all_of
 from weightworks.stream.linears import Linear
 from weightworks.stream.passes import batch_windows
 
@@ -195,7 +196,8 @@ def sizes_of(job: Job | ReduceJob, tokens: tuple[int, int] | None, probe: tuple[
         inner_count=batch * max(linear.shape[0] for linear in linears),
         logits=4 * probe[1] * config.vocab_size,
         width=dtype.itemsize,
-        decodes_early=job.format is None or (job.scheme is not None and not job.scheme.symmetric),
+        decodes_early=job.format is None
+        or (job.scheme is not None and not all(one.symmetric for one in all_of(job.scheme))),
     )
 
 

@@ -30,12 +30,14 @@ from weightworks.stage.tweaking import Tweak, tweak_of
 from weightworks.store.adapted import AdaptedCheckpoint
 from weightworks.store.adapters import Adapter
 from weightworks.store.checkpoint import FACTORS, MASKS, Checkpoint
+from weightworks.store.compressed import MIXED
 from weightworks.store.dense import DenseView
 from weightworks.store.factors import factor_specs
 from weightworks.store.formats import find_format
 from weightworks.store.layout import Format
 from weightworks.store.manifest import made_by, read_provenance
 from weightworks.store.masks import SUFFIX, Masks, mask_spec, pack_bits
+from weightworks.store.mixed import MixedScheme, all_of
 from weightworks.store.packing import Scheme
 from weightworks.store.shards import planned_bytes
 from weightworks.store.smoothed import SmoothedView
@@ -68,6 +70,7 @@ class Job:
     returns_tuple: int = field(init=False, default=0)  # length of the tuple blocks return, once that is proven
     found: Mapping[str, Any] = field(init=False, default_factory=dict)  # what surveys found, by tensor
     tuned: set[str] = field(init=False, default_factory=set)  # norms that came out changed, by tensor
+    allotted: Mapping[str, Scheme] | None = field(init=False, default=None)  # schemes of weights that have not all one
 
     def __post_init__(self) -> None:
         self.view: DenseView = DenseView(self.checkpoint)
@@ -167,14 +170,33 @@ class Job:
         return hasattr(self.method, "solve") and not hasattr(self.method, "held")
 
     @property
-    def scheme(self) -> Scheme | None:
-        return self.method.scheme()
+    def scheme(self) -> Scheme | MixedScheme | None:
+        """How weights are quantized: all alike, or each as allotted; None if they are not."""
+        if self.allotted is None:
+            found: Scheme | None = self.method.scheme()
+            return found
+        names: dict[tuple[str, ...], Scheme] = {
+            (one.module, one.base): self.allotted[name] for name, one in self.linears.items()
+        }
+        return MixedScheme.of_weights(names)
+
+    def scheme_of(self, linear: Linear) -> Scheme | None:
+        """How one weight is quantized."""
+        return self.method.scheme() if self.allotted is None else self.allotted[linear.tensor]
+
+    def allot(self, schemes: Mapping[str, Scheme]) -> None:
+        """Give every weight a scheme of its own; the layout of the output follows."""
+        self.allotted = dict(schemes)
+        for known in ("format", "specs", "weight_bytes"):
+            self.__dict__.pop(known, None)
 
     @cached_property
     def format(self) -> Format | None:
         """The container of quantized weights; None when dense weights are written."""
         name = getattr(self.options, "format", "dense")
-        return None if self.scheme is None or name == "dense" else find_format(name, self.scheme)
+        if self.scheme is None or name == "dense":
+            return None
+        return MIXED if isinstance(self.scheme, MixedScheme) else find_format(name, self.scheme)
 
     def _ignored(self, *names: str) -> bool:
         return any(matches(pattern, name) for pattern in getattr(self.options, "ignored", ()) for name in names)
@@ -191,7 +213,9 @@ class Job:
                 f"{self.checkpoint.root}: norm_tweak is asked for, but no norm inside the blocks has gains",
                 hint="leave it out",
             )
-        if getattr(self.options, "smooth", None) is not None and (self.scheme is None or self.scheme.inputs is None):
+        if getattr(self.options, "smooth", None) is not None and not any(
+            one is not None and one.inputs is not None for one in map(self.scheme_of, self.linears.values())
+        ):
             raise MethodError(
                 f"{self.label}: smooth helps where inputs are rounded, and these are not",
                 hint="use it with --scheme W8A8, FP8, MXFP8 or the like",
@@ -216,9 +240,9 @@ class Job:
 
     def _misfits(self) -> dict[str, str]:
         """Weights that do not fit method, scheme or container, each with the reason."""
-        scheme, problems = self.scheme, {}
+        problems = {}
         for linear in self.linears.values():
-            expert = linear.piece.expert is not None
+            expert, scheme = linear.piece.expert is not None, self.scheme_of(linear)
             if hasattr(self.method, "refusal") and (reason := self.method.refusal(linear.shape)):
                 problems[linear.tensor] = reason
             elif scheme is None:
@@ -239,10 +263,7 @@ class Job:
         specs: list[TensorSpec] = []
         for spec in self.checkpoint.specs:
             linear = self.linears.get(spec.name)
-            if linear is None or self.format is None or self.scheme is None:
-                specs.append(spec)
-            else:
-                specs += self.format.specs(linear.base, linear.shape, self.scheme, spec.dtype)
+            specs += [spec] if linear is None or self.format is None else self.specs_of(linear)
         return specs
 
     @cached_property
@@ -292,7 +313,8 @@ class Job:
         )  # it stores zero - 1, so 0 cannot be held
         place, found = self.block_of[linear.tensor], self.found.get(linear.tensor)
         keep = found if isinstance(found, int) else None
-        return Target(linear.tensor, scale_dtype, int(first_version), place, keep, linear.dtype, found)
+        scheme = None if self.allotted is None else self.allotted[linear.tensor]
+        return Target(linear.tensor, scale_dtype, int(first_version), place, keep, linear.dtype, found, scheme)
 
     def stored(self, linear: Linear, solution: Solution) -> dict[str, torch.Tensor]:
         """The tensors that will stand for a solved weight, and for its mask."""
@@ -317,6 +339,8 @@ class Job:
         row: dict[str, Any] = {"tensor": linear.tensor, "shape": list(linear.shape), "method": self.label}
         if not isinstance(solution.weight, torch.Tensor):
             row["bits"] = solution.weight.scheme.bits
+            if self.allotted is not None:
+                row["group_size"] = solution.weight.scheme.group_size
         if solution.mask is not None:
             row["kept"] = int(solution.mask.sum())
             row["sparsity"] = 1 - row["kept"] / solution.mask.numel()
@@ -331,9 +355,10 @@ class Job:
         return row
 
     def specs_of(self, linear: Linear) -> list[TensorSpec]:
-        if self.format is None or self.scheme is None:
+        """The tensors that will stand for a weight."""
+        if self.format is None:
             return [TensorSpec(linear.tensor, linear.shape, linear.dtype)]
-        return self.format.specs(linear.base, linear.shape, self.scheme, linear.dtype)
+        return self.format.specs(linear.base, linear.shape, self.scheme_of(linear), linear.dtype)
 
     def uncovered(self) -> list[str]:
         """One line a matrix that is as large as those changed, yet of a kind (fused experts) that is left as it is."""
@@ -450,7 +475,8 @@ def refuse_packed(view: DenseView) -> None:
     """Raise :class:`MethodError` for a checkpoint that is quantized."""
     if view.format is not None and view.scheme is not None:
         raise MethodError(
-            f"{view.checkpoint.root}: is already quantized ({view.format.name}, {view.scheme.element})",
+            f"{view.checkpoint.root}: is already quantized ({view.format.name}, "
+            f"{', '.join(dict.fromkeys(one.element for one in all_of(view.scheme)))})",
             hint="start from the dense checkpoint it was made from",
         )
 

@@ -41,7 +41,7 @@ from weightworks.stage.protocols import by_gradients
 from weightworks.stage.settings import Settings
 from weightworks.store.checkpoint import FACTORS, Checkpoint
 from weightworks.store.manifest import changed_files, read_provenance
-from weightworks.store.packing import told
+from weightworks.store.mixed import in_words
 from weightworks.store.sources import file_digest
 from weightworks.store.writer import CheckpointWriter, check_target
 from weightworks.stream.lessons import Lessons
@@ -194,7 +194,7 @@ def execute(
         results = worked(job, writer, text, probe, dtype, costs, executor)
         facts: dict[str, Any] = {
             **({} if isinstance(job, AdapterJob) else {"size": sizes(job, results["rows"])}),
-            **({"format": f"{job.format.name}: {told(job.scheme)}"} if job.format and job.scheme else {}),
+            **({"format": f"{job.format.name}: {in_words(job.scheme)}"} if job.format and job.scheme else {}),
             "quality": {key: results[key] for key in ("dense", "result")},
             **{key: results[key] for key in ("smoothing", "training", "renormalisation", "norms") if key in results},
         }
