@@ -17,6 +17,7 @@ from compress.grids import AnyGrid, grouped
 from compress.hessian import Factor, Hessian, factor
 from compress.schemes import HARDWARE, GridOptions
 from compress.sweep import COLD, Rounding, block_size, output_energy, relative_loss, sweep
+from weightworks.stage.budget import Budget
 from weightworks.stage.protocols import Solution, Target
 from weightworks.stage.tweaking import Tweak
 from weightworks.store.floats import FloatScheme
@@ -41,6 +42,8 @@ class Options(GridOptions):
     def _orderly(self) -> Self:
         if self.act_order == "dynamic" and self.scheme in HARDWARE:
             raise ValueError(f"scheme {self.scheme} keeps groups of neighbours: act_order must be static or none")
+        if self.act_order == "dynamic" and self.budgeted:
+            raise ValueError("a budget needs groups of neighbours: act_order must be static or none")
         return self
 
 
@@ -114,6 +117,9 @@ class Method:
     def scheme(self) -> IntScheme | FloatScheme:
         return self.options.any_scheme(reordered=self.options.act_order == "dynamic")
 
+    def budget(self) -> Budget | None:
+        return self.options.allowance()
+
     def tweak(self) -> Tweak | None:
         return norms.tweak(self.options)
 
@@ -122,6 +128,8 @@ class Method:
 
     def solve(self, weights: list[torch.Tensor], statistics: Hessian, targets: Sequence[Target]) -> list[Solution]:
         options, scheme = self.options, self.scheme()
+        if isinstance(own := targets[0].scheme, IntScheme):
+            scheme = own
         inputs = statistics.largest.value if isinstance(statistics, Seen) else torch.zeros(())
         heights = [weight.shape[0] for weight in weights]
         if isinstance(scheme, FloatScheme) and scheme.rows > 1:  # no band of rows reaches into the next weight

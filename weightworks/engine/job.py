@@ -24,6 +24,7 @@ import weightworks
 from weightworks.errors import CheckpointError, MethodError
 from weightworks.report.card import model_card
 from weightworks.report.progress import Progress
+from weightworks.stage.budget import Budget, budget_of
 from weightworks.stage.protocols import Solution, Target
 from weightworks.stage.settings import Settings
 from weightworks.stage.tweaking import Tweak, tweak_of
@@ -86,6 +87,8 @@ class Job:
             ignored = [linear for linear in linears if self._ignored(linear.base, linear.module)]
             self.kept.update((linear.tensor, "ignored") for linear in ignored)
             self.blocks.append([linear for linear in linears if linear not in ignored])
+        if self.budget is not None:
+            self.allot(self._largest())
         self._check()
 
     @property
@@ -184,6 +187,32 @@ class Job:
         """How one weight is quantized."""
         return self.method.scheme() if self.allotted is None else self.allotted[linear.tensor]
 
+    @cached_property
+    def budget(self) -> Budget | None:
+        """What the schemes of weights are chosen by; None if they have all one."""
+        return budget_of(self.method)
+
+    @cached_property
+    def choices(self) -> dict[str, list[int]]:
+        """By weight, the numbers of the budget's choices that fit it."""
+        assert self.budget is not None
+        schemes = list(enumerate(self.budget.choices))
+        return {
+            name: [number for number, scheme in schemes if self._misfit(linear, scheme, MIXED) is None]
+            for name, linear in self.linears.items()
+        }
+
+    def _largest(self) -> dict[str, Scheme]:
+        """The schemes with which weights take most: the bound on what a budget can come to."""
+        assert self.budget is not None
+        schemes, linears = self.budget.choices, self.linears
+        return {
+            name: max((schemes[number] for number in fitting), key=lambda one: packed_bytes(linears[name], one))
+            if fitting
+            else schemes[0]
+            for name, fitting in self.choices.items()
+        }
+
     def allot(self, schemes: Mapping[str, Scheme]) -> None:
         """Give every weight a scheme of its own; the layout of the output follows."""
         self.allotted = dict(schemes)
@@ -240,22 +269,21 @@ class Job:
 
     def _misfits(self) -> dict[str, str]:
         """Weights that do not fit method, scheme or container, each with the reason."""
-        problems = {}
-        for linear in self.linears.values():
-            expert, scheme = linear.piece.expert is not None, self.scheme_of(linear)
-            if hasattr(self.method, "refusal") and (reason := self.method.refusal(linear.shape)):
-                problems[linear.tensor] = reason
-            elif scheme is None:
-                continue
-            elif scheme.group_size != -1 and linear.shape[1] % scheme.group_size:
-                problems[linear.tensor] = (
-                    f"width {linear.shape[1]} is not divisible by the group size {scheme.group_size}"
-                )
-            elif self.format and (
-                reason := self.format.refusal(scheme, linear.shape, transposed=linear.transposed, expert=expert)
-            ):
-                problems[linear.tensor] = reason
-        return problems
+        found = {
+            name: self._misfit(linear, self.scheme_of(linear), self.format) for name, linear in self.linears.items()
+        }
+        return {name: reason for name, reason in found.items() if reason is not None}
+
+    def _misfit(self, linear: Linear, scheme: Scheme | None, format_: Format | None) -> str | None:
+        """Why a weight does not fit method, scheme or container; None if it does."""
+        if hasattr(self.method, "refusal") and (reason := self.method.refusal(linear.shape)):
+            return str(reason)
+        if scheme is None:
+            return None
+        if scheme.group_size != -1 and linear.shape[1] % scheme.group_size:
+            return f"width {linear.shape[1]} is not divisible by the group size {scheme.group_size}"
+        expert = linear.piece.expert is not None
+        return format_ and format_.refusal(scheme, linear.shape, transposed=linear.transposed, expert=expert)
 
     @cached_property
     def specs(self) -> list[TensorSpec]:
@@ -469,6 +497,11 @@ def identity_of(job: Identified, **facts: Any) -> dict[str, Any]:
         "environment": environment(job.device),
         **facts,
     }
+
+
+def packed_bytes(linear: Linear, scheme: Scheme) -> int:
+    """Bytes of all that is stored for a weight of a scheme in compressed-tensors' layouts."""
+    return sum(spec.nbytes for spec in MIXED.specs(linear.base, linear.shape, scheme, linear.dtype))
 
 
 def refuse_packed(view: DenseView) -> None:

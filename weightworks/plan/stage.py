@@ -13,6 +13,7 @@ import torch
 
 from weightworks.engine.beside import AdapterJob, Beside, finish_adapter
 from weightworks.engine.blockwise import Blockwise, Written, prove_first
+from weightworks.engine.budgeting import allot, check_budget
 from weightworks.engine.estimate import Estimate, estimate, refuse
 from weightworks.engine.executor import Executor
 from weightworks.engine.finish import copy_rest, finish, stream_perplexity
@@ -116,6 +117,8 @@ def run_stage(
         if hasattr(method, "reduces")
         else make(*parts, original, chosen_by(settings.dataset, called))
     )
+    if isinstance(job, Job):
+        check_budget(job)
     text: Text | None = None
     if isinstance(job, Job) and trains(method):
         check_trainable(job)
@@ -175,7 +178,7 @@ def execute(
 ) -> dict[str, Any]:
     """Do the work, verify and publish; a failure or interruption leaves the staging folder for the next run."""
     settings = job.settings
-    settled = not isinstance(job, ReduceJob) or job.plan.settled
+    settled = job.plan.settled if isinstance(job, ReduceJob) else job.budget is None
     writer = CheckpointWriter(
         job.target,
         job.specs if settled else (),
@@ -191,10 +194,15 @@ def execute(
             assert calibration is not None
             run = Run(writer, calibration, probe, dtype, costs.on_disk, costs.statistics_bytes)
             return reduce(job, run, identity, calibrated(job, calibration, dtype), costs.reload_blocks)
+        allotted = {}
+        if job.budget is not None:
+            assert calibration is not None
+            allotted = allot(job, writer, identity, calibration, probe, dtype, costs)
         results = worked(job, writer, text, probe, dtype, costs, executor)
         facts: dict[str, Any] = {
             **({} if isinstance(job, AdapterJob) else {"size": sizes(job, results["rows"])}),
             **({"format": f"{job.format.name}: {in_words(job.scheme)}"} if job.format and job.scheme else {}),
+            **allotted,
             "quality": {key: results[key] for key in ("dense", "result")},
             **{key: results[key] for key in ("smoothing", "training", "renormalisation", "norms") if key in results},
         }
@@ -310,6 +318,10 @@ def default_target(checkpoint: Checkpoint, method: str, options: Any) -> Path:
     if (share := getattr(options, "sparsity", None)) is not None:
         pattern = getattr(options, "pattern", "unstructured")
         method += f"-s{100 * share:g}" if pattern == "unstructured" else f"-{pattern.replace(':', 'of')}"
+    if (asked := getattr(options, "budget", None)) is not None:
+        return Path(f"{name}-{method}-{asked.replace(' ', '').lower()}")
+    if (share := getattr(options, "max_perplexity_increase", None)) is not None:
+        return Path(f"{name}-{method}-within-{share.replace(' ', '').replace('%', '')}-percent")
     if (named := hardware({"scheme": getattr(options, "scheme", None)})) is not None:
         return Path(f"{name}-{method}-{named.lower().replace('_', '-')}")
     if (bits := getattr(options, "bits", None)) is None:
