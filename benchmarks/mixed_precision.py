@@ -5,8 +5,8 @@
 DATA holds calibration.txt and the test texts {prose,scripture,drama,math,code}.test.txt. For every uniform grid a run with the
 same bytes as its budget (the size of the uniform weight files), once for each seed, which chooses calibration windows of 256
 tokens and the noise that sensitivities are measured with. Every folder is loaded by stock transformers in float32 and scored on
-the first tokens of each text in windows of 256. Figures are the geometric mean over the texts of perplexity over the original's: 1
-is no loss; means over seeds, and their range.
+the first tokens of each text in windows of 256. Figures are the geometric mean over the texts of perplexity over the
+original's: 1 is no loss; means over seeds, and their range.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ def main() -> None:
     parser.add_argument("--num-samples", type=int, default=32, help="windows to calibrate with")
     parser.add_argument("--tokens", type=int, default=5_000, help="tokens of each text to score")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--uniform", nargs="+", choices=list(UNIFORM), default=["2g32", "2g16", "3g-1", "3g32"])
-    parser.add_argument("--bit-choices", default="2,3,4,8")
+    parser.add_argument("--uniform", nargs="+", choices=list(UNIFORM), default=["2g32", "3g-1", "3g32"])
+    parser.add_argument("--bit-choices", default="2,3g-1,3,3g64,4,8")
     parser.add_argument("--inter-layer", action="store_true")
     parser.add_argument("--json", type=Path, metavar="FILE")
     args = parser.parse_args()

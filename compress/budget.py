@@ -28,7 +28,7 @@ class BudgetOptions(Options):
         "out rises by at most so much (2%)",
     )
     bit_choices: str = Field(
-        "2,3,4,8",
+        "2,3g-1,3,3g64,4,8",
         description="what is chosen from: bits, each with a group size if not --group-size, such as 2g32,3,4g128",
     )
     inter_layer: bool = Field(

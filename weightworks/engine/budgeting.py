@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from weightworks.engine.allocation import Plan, front
-from weightworks.engine.blockwise import Blockwise
+from weightworks.engine.blockwise import Blockwise, prove_first
 from weightworks.engine.estimate import Estimate
 from weightworks.engine.job import Job, digest_of, packed_bytes
 from weightworks.engine.sensitivity import Sensitivity
@@ -99,7 +99,7 @@ def allot(
     plans = problem.plans()
     trials: list[dict[str, float]] = []
     if job.budget.increase is not None:
-        plan = held(job, writer, problem, plans, trials, calibration, dtype, costs)
+        plan = held(job, writer, problem, plans, trials, calibration, probe, dtype, costs)
     else:
         plan = affordable(job, problem, plans)
     job.allot(problem.schemes(plan))
@@ -147,7 +147,7 @@ class Problem:
         scale = 8 / weights_of(self.job)
         rows = [
             {"tensors": list(unit.tensors), "choice": named(self.all[number]), "alpha": unit.alpha, "error": unit.errors[number],
-             "expected": unit.costs([number])[0], "bytes": sizes[choice]}
+             "expected": unit.costs([number])[0], "beyond": unit.beyond, "bytes": sizes[choice]}
             for unit, number, sizes, choice in zip(self.units, self.numbers(plan), self.sizes, plan.choices, strict=True)
         ]  # fmt: skip
         thinned = plans[:: max(1, len(plans) // CURVE)]
@@ -194,7 +194,7 @@ def within(plans: Sequence[Plan], limit: int) -> Plan:
     fitting = [plan for plan in plans if plan.size <= limit]
     if not fitting:
         raise MethodError(
-            f"the budget leaves {limit:,} bytes for quantized weights; layers that share a scheme take at least {plans[0].size:,}",
+            f"the budget leaves {limit:,} bytes for quantized weights; least is {plans[0].size:,}",
             hint="raise it, or add smaller --bit-choices",
         )
     return fitting[-1]
@@ -207,6 +207,7 @@ def held(
     plans: Sequence[Plan],
     trials: list[dict[str, float]],
     calibration: Calibration,
+    probe: torch.Tensor,
     dtype: torch.dtype,
     costs: Estimate,
 ) -> Plan:
@@ -219,6 +220,7 @@ def held(
         plan = plans[place]
         if (step := f"trial {len(trials)}") not in writer.steps:
             job.allot(problem.schemes(plan))
+            job.returns_tuple = prove_first(job, writer, probe)
             seen = rehearsed(job, writer, step, calibration, dtype, costs)
             writer.done(step, {"increase": seen})
         seen = writer.steps[step]["increase"]
@@ -245,6 +247,8 @@ def rehearsed(
     assert calibration.held_out is not None
     schemes = {name: named(scheme) for name, scheme in (job.allotted or {}).items()}
     scrap = CheckpointWriter(writer.scratch / step.replace(" ", ""), job.specs, {"schemes": schemes})
+    if "proof" not in scrap.steps:
+        scrap.done("proof", writer.steps["proof"])  # of the same unchanged model
     try:
         found = Blockwise(
             job,

@@ -197,8 +197,9 @@ class Job:
         """By weight, the numbers of the budget's choices that fit it."""
         assert self.budget is not None
         schemes = list(enumerate(self.budget.choices))
+        packing = None if self.options.format == "dense" else MIXED
         return {
-            name: [number for number, scheme in schemes if self._misfit(linear, scheme, MIXED) is None]
+            name: [number for number, scheme in schemes if self._misfit(linear, scheme, packing) is None]
             for name, linear in self.linears.items()
         }
 
@@ -283,7 +284,9 @@ class Job:
         if scheme.group_size != -1 and linear.shape[1] % scheme.group_size:
             return f"width {linear.shape[1]} is not divisible by the group size {scheme.group_size}"
         expert = linear.piece.expert is not None
-        return format_ and format_.refusal(scheme, linear.shape, transposed=linear.transposed, expert=expert)
+        if format_ is None:
+            return None
+        return format_.refusal(scheme, linear.shape, transposed=linear.transposed, expert=expert)
 
     @cached_property
     def specs(self) -> list[TensorSpec]:

@@ -26,7 +26,7 @@ import torch
 
 from weightworks.engine.blockwise import bounded
 from weightworks.engine.job import Job
-from weightworks.engine.units import Sum, Unit, coarsest, common, energy, noise_of, units_of
+from weightworks.engine.units import SHARES, Sum, Unit, coarsest, common, energy, noise_of, sensed, units_of
 from weightworks.engine.walk import Walk
 from weightworks.stage.budget import Budget
 from weightworks.store.packing import Scheme
@@ -36,11 +36,9 @@ from weightworks.stream.calibration import Calibration
 from weightworks.stream.gram import Gram
 from weightworks.stream.linears import Linear, Stage, read_linear, write_linear
 from weightworks.stream.memory import release
-from weightworks.stream.passes import Windows, batch_windows, shell
+from weightworks.stream.passes import Windows, shell
 from weightworks.stream.replay import tail
 
-TOKENS = 4096  # that branches pass: differences of models are far steadier than losses
-SHARES = (0.25, 1.0)  # sizes of noise, of the error of the coarsest choice: what is fitted is between them
 LEAST, MOST = 1e-4, 0.1  # sizes beyond which noise drowns, or no layer is the same
 
 
@@ -309,12 +307,6 @@ class Watched:
         self.gram.add(inputs)
         if self.own is not None:
             self.own.add(inputs)
-
-
-def sensed(windows: int, length: int) -> int:
-    """How many of the calibration windows branches pass: whole batches, about ``TOKENS``."""
-    batch = batch_windows(length)
-    return min(windows, max(batch, TOKENS // length // batch * batch))
 
 
 def _key(plan: Mapping[str, Any]) -> str:

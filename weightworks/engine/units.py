@@ -11,6 +11,10 @@ import torch
 
 from weightworks.store.packing import Scheme
 from weightworks.stream.linears import Group, Linear
+from weightworks.stream.passes import batch_windows
+
+TOKENS = 4096  # that noisy models pass: differences of models are far steadier than losses
+SHARES = (0.25, 1.0)  # sizes of noise, of the error of the coarsest choice: what is fitted is between them
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,12 @@ class Sum:
     coarse: dict[str, torch.Tensor] = field(
         default_factory=dict
     )  # the coarsest rounding, where neighbours are looked at
+
+
+def sensed(windows: int, length: int) -> int:
+    """How many of the calibration windows noisy models pass: whole batches, about ``TOKENS``."""
+    batch = batch_windows(length)
+    return min(windows, max(batch, TOKENS // length // batch * batch))
 
 
 def units_of(groups: Sequence[Group]) -> list[Sum]:
