@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
@@ -108,26 +108,57 @@ def allot(
 
 
 class Problem:
-    """The units of a job with the sizes and costs of their choices."""
+    """The decisions of a job, a scheme each, with the sizes and costs of their choices.
+
+    A decision is on one unit; that on experts is on those of all blocks, which transformers loads by one scheme.
+    """
 
     def __init__(self, job: Job, units: Sequence[Unit]) -> None:
         assert job.budget is not None
         self.job, self.units, self.all = job, units, job.budget.choices
-        self.fitting = [common(job.choices, [job.linears[name] for name in unit.tensors]) for unit in units]
+        self.decisions = self._decisions()
+        members = [[units[place] for place in one] for one in self.decisions]
+        linears = [[job.linears[name] for unit in one for name in unit.tensors] for one in members]
+        self.fitting = [common(job.choices, one) for one in linears]
+        if not all(self.fitting):
+            raise MethodError(
+                f"{job.label}: of the choices {named_all(job)} none fits all layers that share a scheme",
+                hint="add --bit-choices whose group size divides all their widths",
+            )
         self.sizes = [
-            [sum(packed_bytes(job.linears[name], self.all[number]) for name in unit.tensors) for number in fitting]
-            for unit, fitting in zip(units, self.fitting, strict=True)
+            [sum(packed_bytes(linear, self.all[number]) for linear in one) for number in fitting]
+            for one, fitting in zip(linears, self.fitting, strict=True)
         ]
-        self.costs = [unit.costs(fitting) for unit, fitting in zip(units, self.fitting, strict=True)]
-        self.pairs = self._pairs() if job.budget.neighbours else None
+        self.costs = [
+            [sum(unit.cost(number) for unit in one) for number in fitting]
+            for one, fitting in zip(members, self.fitting, strict=True)
+        ]
+        self.pairs = [self._together(place) for place in range(len(members) - 1)] if job.budget.neighbours else None
 
-    def _pairs(self) -> list[np.ndarray]:
-        """What choices of neighbours cost together."""
+    def _decisions(self) -> list[list[int]]:
+        """Numbers of units by decision, in the order of the model."""
+        found: list[list[int]] = []
+        experts: list[int] = []
+        for place, unit in enumerate(self.units):
+            if self.job.linears[unit.tensors[0]].piece.expert is None:
+                found.append([place])
+                continue
+            if not experts:
+                found.append(experts)
+            experts.append(place)
+        return found
+
+    def _together(self, place: int) -> np.ndarray:
+        """What choices of a decision and the next cost together; nothing but for units that follow each other."""
+        one, other = self.decisions[place], self.decisions[place + 1]
+        shape = len(self.fitting[place]), len(self.fitting[place + 1])
+        if len(one) > 1 or len(other) > 1 or other[0] != one[0] + 1:
+            return np.zeros(shape)
         roots = [
-            np.sqrt([unit.errors[number] or 0.0 for number in fitting])
-            for unit, fitting in zip(self.units, self.fitting, strict=True)
+            np.sqrt([self.units[unit].errors[number] or 0.0 for number in fitting])
+            for unit, fitting in ((one[0], self.fitting[place]), (other[0], self.fitting[place + 1]))
         ]
-        return [unit.beyond * np.outer(*pair) for unit, pair in zip(self.units, pairwise(roots), strict=False)]
+        return self.units[one[0]].beyond * np.outer(*roots)
 
     def plans(self) -> list[Plan]:
         """All allocations that no other beats, by rising size."""
@@ -135,7 +166,10 @@ class Problem:
 
     def numbers(self, plan: Plan) -> list[int]:
         """The number of the choice of each unit."""
-        return [fitting[choice] for fitting, choice in zip(self.fitting, plan.choices, strict=True)]
+        found = dict[int, int]()
+        for decision, fitting, choice in zip(self.decisions, self.fitting, plan.choices, strict=True):
+            found |= dict.fromkeys(decision, fitting[choice])
+        return [found[place] for place in range(len(self.units))]
 
     def schemes(self, plan: Plan) -> dict[str, Scheme]:
         """The scheme of each weight."""
@@ -146,9 +180,9 @@ class Problem:
         """A plan for the report: what it takes and should cost, unit by unit, among all plans and the uniform ones."""
         scale = 8 / weights_of(self.job)
         rows = [
-            {"tensors": list(unit.tensors), "choice": named(self.all[number]), "alpha": unit.alpha, "error": unit.errors[number],
-             "expected": unit.costs([number])[0], "beyond": unit.beyond, "bytes": sizes[choice]}
-            for unit, number, sizes, choice in zip(self.units, self.numbers(plan), self.sizes, plan.choices, strict=True)
+            {"tensors": list(unit.tensors), "choice": named(self.all[number]), "alpha": unit.alpha,
+             "error": unit.errors[number], "expected": unit.cost(number), "beyond": unit.beyond}
+            for unit, number in zip(self.units, self.numbers(plan), strict=True)
         ]  # fmt: skip
         thinned = plans[:: max(1, len(plans) // CURVE)]
         return {
@@ -160,16 +194,17 @@ class Problem:
             "uniform": list(self._uniform(scale)),
         }
 
-    def _uniform(self, scale: float) -> Any:
+    def _uniform(self, scale: float) -> Iterator[dict[str, Any]]:
         """What every choice takes and should cost if all weights have it."""
         for number, scheme in enumerate(self.all):
-            if all(number in fitting for fitting in self.fitting):
-                places = [fitting.index(number) for fitting in self.fitting]
-                cost = sum(costs[place] for costs, place in zip(self.costs, places, strict=True))
-                if self.pairs is not None:
-                    cost += sum(float(one[place]) for one, place in zip(self.pairs, pairwise(places), strict=True))
-                total = sum(sizes[place] for sizes, place in zip(self.sizes, places, strict=True))
-                yield {"choice": named(scheme), "bits_a_weight": total * scale, "expected_increase": math.expm1(cost)}
+            if not all(number in fitting for fitting in self.fitting):
+                continue
+            places = [fitting.index(number) for fitting in self.fitting]
+            cost = sum(costs[place] for costs, place in zip(self.costs, places, strict=True))
+            total = sum(sizes[place] for sizes, place in zip(self.sizes, places, strict=True))
+            if self.pairs is not None:
+                cost += sum(float(one[pair]) for one, pair in zip(self.pairs, pairwise(places), strict=True))
+            yield {"choice": named(scheme), "bits_a_weight": total * scale, "expected_increase": math.expm1(cost)}
 
 
 def affordable(job: Job, problem: Problem, plans: Sequence[Plan]) -> Plan:

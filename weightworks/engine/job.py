@@ -49,6 +49,8 @@ from weightworks.stream.whole import Outline, Subset
 
 NUMERIC = ("torch", "numpy", "scipy", "transformers", "safetensors")  # versions that may change a bit of the output
 
+EXPERTS = r"re:.*\.experts(\..*)?$"  # the target by which transformers finds the scheme of all experts
+
 
 @dataclass
 class Job:
@@ -179,7 +181,8 @@ class Job:
             found: Scheme | None = self.method.scheme()
             return found
         names: dict[tuple[str, ...], Scheme] = {
-            (one.module, one.base): self.allotted[name] for name, one in self.linears.items()
+            (EXPERTS, one.base) if one.piece.expert is not None else (one.module, one.base): self.allotted[name]
+            for name, one in self.linears.items()
         }
         return MixedScheme.of_weights(names)
 

@@ -32,9 +32,9 @@ class Unit:
     noise: tuple[tuple[float, float], ...]
     beyond: float = 0.0
 
-    def costs(self, choices: Sequence[int]) -> list[float]:
-        """What each of ``choices`` is expected to cost, nats a token."""
-        return [self.alpha * (self.errors[choice] or 0.0) for choice in choices]
+    def cost(self, choice: int) -> float:
+        """What a choice is expected to cost, nats a token."""
+        return self.alpha * (self.errors[choice] or 0.0)
 
 
 @dataclass
