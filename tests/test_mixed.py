@@ -264,12 +264,9 @@ def test_more_bits_cost_less(mixed: Path, small: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("budget", "said"),
     [
-        (
-            "2.2bpw",
-            r"a budget of 2\.2 bits a weight is less than the choices 2g32,3g32,4g32,8g32 can take: 2\.50\d to 8\.50\d",
-        ),
-        ("9bpw", r"is more than the choices .* can take"),
-        ("1kB", r"a budget of 1,000 bytes is less than .* bytes of weight files"),
+        ("2.2bpw", r"2\.2 bits a weight is less than .* take: 2g32,3g32,4g32,8g32: 2\.50\d to 8\.50\d bits a weight, "),
+        ("9bpw", r"a budget of 9 bits a weight is more than the choices can take"),
+        ("1kB", r"a budget of 1,000 bytes is less than the choices can take.* bytes"),
     ],
 )
 def test_a_budget_out_of_reach_is_refused_before_work(small: Path, tmp_path: Path, budget: str, said: str) -> None:

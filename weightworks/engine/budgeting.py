@@ -35,6 +35,18 @@ CURVE = 80  # points of the curve that is kept
 STEP = 0.9  # the most of the loss hoped for that is hoped for again, once it was exceeded
 
 
+def allowed(job: Job) -> dict[str, str]:
+    """The budget's choices, and the range that it can lie in, for people; nothing where there is none."""
+    if job.budget is None:
+        return {}
+    least, most = span(job)
+    scale, rest = 8 / weights_of(job), job.weight_bytes - most
+    text = f"{rounded_up(least * scale):g} to {rounded_up(most * scale):g} bits a weight"
+    return {
+        "choices": f"{named_all(job)}: {text}" + (f", {least + rest:,} to {most + rest:,} bytes" if job.format else "")
+    }
+
+
 def check_budget(job: Job) -> None:
     """Refuse a budget that the choices cannot meet, or that all of them meet."""
     budget = job.budget
@@ -43,24 +55,24 @@ def check_budget(job: Job) -> None:
     least, most = span(job)
     if budget.bits is not None:
         scale = 8 / weights_of(job)
-        allowed = (
-            f"{math.ceil(least * scale * 1000) / 1000:g} to {math.ceil(most * scale * 1000) / 1000:g} bits a weight"
-        )
-        small, large = budget.bits < least * scale, budget.bits > math.ceil(most * scale * 1000) / 1000
+        small, large = budget.bits < least * scale, budget.bits > rounded_up(most * scale)
         asked = f"{budget.bits:g} bits a weight"
     else:
         assert budget.nbytes is not None
         rest = job.weight_bytes - most
-        allowed = f"{least + rest:,} to {most + rest:,} bytes of weight files"
         small, large = budget.nbytes < least + rest, budget.nbytes > most + rest
         asked = f"{budget.nbytes:,} bytes"
     if small or large:
-        way = "raise it, or add smaller --bit-choices" if small else "lower it, or add larger --bit-choices"
         raise MethodError(
-            f"{job.label}: a budget of {asked} is {'less' if small else 'more'} than the choices {named_all(job)} can take: "
-            f"{allowed}",
-            hint=way,
+            f"{job.label}: a budget of {asked} is {'less' if small else 'more'} than the choices can take: "
+            f"{allowed(job)['choices']}",
+            hint="raise it, or add smaller --bit-choices" if small else "lower it, or add larger --bit-choices",
         )
+
+
+def rounded_up(bits: float) -> float:
+    """Bits a weight to three digits, none of them lost."""
+    return math.ceil(bits * 1000) / 1000
 
 
 def allot(

@@ -38,7 +38,7 @@ from weightworks.store.formats import find_format
 from weightworks.store.layout import Format
 from weightworks.store.manifest import made_by, read_provenance
 from weightworks.store.masks import SUFFIX, Masks, mask_spec, pack_bits
-from weightworks.store.mixed import MixedScheme, all_of
+from weightworks.store.mixed import MixedScheme, elements
 from weightworks.store.packing import Scheme
 from weightworks.store.shards import planned_bytes
 from weightworks.store.smoothed import SmoothedView
@@ -514,8 +514,7 @@ def refuse_packed(view: DenseView) -> None:
     """Raise :class:`MethodError` for a checkpoint that is quantized."""
     if view.format is not None and view.scheme is not None:
         raise MethodError(
-            f"{view.checkpoint.root}: is already quantized ({view.format.name}, "
-            f"{', '.join(dict.fromkeys(one.element for one in all_of(view.scheme)))})",
+            f"{view.checkpoint.root}: is already quantized ({view.format.name}, {elements(view.scheme)})",
             hint="start from the dense checkpoint it was made from",
         )
 

@@ -13,7 +13,7 @@ import torch
 
 from weightworks.engine.beside import AdapterJob, Beside, finish_adapter
 from weightworks.engine.blockwise import Blockwise, Written, prove_first
-from weightworks.engine.budgeting import allot, check_budget
+from weightworks.engine.budgeting import allot, allowed, check_budget
 from weightworks.engine.estimate import Estimate, estimate, refuse
 from weightworks.engine.executor import Executor
 from weightworks.engine.finish import copy_rest, finish, stream_perplexity
@@ -350,6 +350,8 @@ def resolved(job: Job | ReduceJob, text: Text | None, dtype: torch.dtype) -> dic
     if job.teacher is not None:
         facts["teacher"] = where(job.teacher)
     facts.update(job.options.resolved())
+    if isinstance(job, Job):
+        facts.update(allowed(job))
     if text is not None:
         facts["training_text" if isinstance(text, Lessons) else "calibration"] = text.told(job.settings.seq_len)
         facts["dtype"] = str(dtype).removeprefix("torch.")

@@ -52,6 +52,11 @@ def all_of(scheme: Scheme | MixedScheme) -> list[Scheme]:
     return list(dict.fromkeys(one for _, one in scheme.groups)) if isinstance(scheme, MixedScheme) else [scheme]
 
 
+def elements(scheme: Scheme | MixedScheme) -> str:
+    """What codes are, kind by kind, for people."""
+    return ", ".join(dict.fromkeys(one.element for one in all_of(scheme)))
+
+
 def scheme_for(scheme: Scheme | MixedScheme | None, base: str) -> Scheme | None:
     """The scheme of one weight."""
     return scheme.of(base) if isinstance(scheme, MixedScheme) else scheme
