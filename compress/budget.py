@@ -19,16 +19,19 @@ class BudgetOptions(Options):
 
     budget: str | None = Field(
         None,
+        examples=["3.5bpw", "2.5GB"],
         description="choose bits layer by layer, so that perplexity rises least while weights take at most so many bits each, "
         "scales included (3.5bpw), or weight files so many bytes (2.5GB, 800MiB)",
     )
     max_perplexity_increase: str | None = Field(
         None,
+        examples=["2%"],
         description="choose bits layer by layer, so that weights take least while perplexity on calibration windows held "
         "out rises by at most so much (2%)",
     )
     bit_choices: str = Field(
         "2,3g-1,3,3g64,4,8",
+        examples=["2,3,4"],
         description="what is chosen from: bits, each with a group size if not --group-size, such as 2g32,3,4g128",
     )
     inter_layer: bool = Field(

@@ -278,7 +278,7 @@ def examples(options_class: Any, name: str) -> Iterator[Any]:
         elif kind.get("type") == "array":
             yield ["lm_head"]
         elif kind.get("type") == "string":
-            yield "lm_head"
+            yield from field.examples or ["lm_head"]
 
 
 def simplest(options_class: Any) -> Any:
@@ -304,7 +304,8 @@ def beyond(options_class: Any, name: str) -> Iterator[Any]:
     """Values that the type and the bounds of an option exclude."""
     yield object()
     kinds = _kinds(options_class, name)
-    if not any(kind.get("type") == "string" and "enum" not in kind and "const" not in kind for kind in kinds):
+    free = any(kind.get("type") == "string" and "enum" not in kind and "const" not in kind for kind in kinds)
+    if not free or options_class.model_fields[name].examples:  # a text that has examples has a form
         yield "no such choice"
     if any(kind.get("type") in ("integer", "number") for kind in kinds):
         yield "1"  # the text of a number is none
