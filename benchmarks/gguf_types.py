@@ -14,10 +14,11 @@ import json
 from pathlib import Path
 
 import torch
+from transformers import AutoModelForCausalLM
+
 from _measure import note, run, save_json, table
 from _ours import HERE, compress_command, fresh, work_folder
 from _perplexity import geometric_mean, perplexities, perplexity, windows_of
-from transformers import AutoModelForCausalLM
 
 DOMAINS = ("prose", "scripture", "drama", "math", "code")
 TYPES = ("F16", "BF16", "Q8_0", "Q4_K", "Q4_0", "MXFP4")
