@@ -303,20 +303,30 @@ def short_name(checkpoint: Checkpoint) -> str:
 
 
 def default_target(checkpoint: Checkpoint, method: str, options: Any) -> Path:
-    """The model's name plus what was done, in the current folder: ``tiny-llama-gptq-w4g128``, ``tiny-llama-wanda-2of4``."""
-    name = short_name(checkpoint)
+    """The model's name plus what was done, in the current folder: ``tiny-llama-gptq-w4g128``, ``tiny-llama-wanda-2of4``,
+    ``tiny-llama-gptq-w8a8-smooth`` where channels were made alike first, ``-norms-closed`` where norms were tuned after."""
+    parts = [short_name(checkpoint), _done(method, options)]
+    if getattr(options, "smooth", None) is not None:
+        parts.append("smooth")
+    if (tweak := getattr(options, "norm_tweak", "none")) != "none":
+        parts.append(f"norms-{tweak}")
+    return Path("-".join(parts))
+
+
+def _done(method: str, options: Any) -> str:
+    """The method with what its outputs differ in most."""
     if (amount := getattr(options, "amount", None)) is not None:
-        return Path(f"{name}-{method}-{amount}")
+        return f"{method}-{amount}"
     if (share := getattr(options, "sparsity", None)) is not None:
         pattern = getattr(options, "pattern", "unstructured")
         method += f"-s{100 * share:g}" if pattern == "unstructured" else f"-{pattern.replace(':', 'of')}"
     if (named := hardware({"scheme": getattr(options, "scheme", None)})) is not None:
-        return Path(f"{name}-{method}-{named.lower().replace('_', '-')}")
+        return f"{method}-{named.lower().replace('_', '-')}"
     if (bits := getattr(options, "bits", None)) is None:
-        return Path(f"{name}-{method}")
+        return method
     size = getattr(options, "group_size", -1)
     group = "" if size == -1 else f"g{size}"
-    return Path(f"{name}-{method}-w{bits}{group}{'' if getattr(options, 'sym', True) else '-asym'}")
+    return f"{method}-w{bits}{group}{'' if getattr(options, 'sym', True) else '-asym'}"
 
 
 def finished(target: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
