@@ -149,12 +149,17 @@ class Job:
     def held(self, columns: int) -> int:
         """Bytes of the statistics of an input of so many columns."""
         if self.second_moments:
-            return 4 * columns**2
+            return 4 * columns**2 * (1 + self.paired)
         return int(self.method.held(columns)) if hasattr(self.method, "held") else 0
 
     def working(self, columns: int) -> int:
         """Bytes needed beside them while weights are solved."""
         return int(self.method.working(columns)) if hasattr(self.method, "working") else 0
+
+    @property
+    def paired(self) -> bool:
+        """Whether the method wants inputs in pairs with those of the unchanged model."""
+        return bool(getattr(self.method, "paired", False))
 
     @property
     def together(self) -> bool:

@@ -1,0 +1,105 @@
+"""Quantizers and the steps before and after them against plain GPTQ and plain rounding, at 2, 3 and 4 bits.
+
+    python benchmarks/quantizers.py --data DATA
+
+DATA holds calibration.txt and the test texts {prose,scripture,drama,math,code}.test.txt. Calibrates on windows of 256 tokens,
+once for each seed; what has no seed runs once. Every output folder is loaded by stock transformers in float32 and scored on
+the first tokens of each text in windows of 256. Figures are the geometric mean over the texts of perplexity over the
+original's: 1 is no loss; means over seeds, and their range.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from _measure import note, save_json, table
+from _ours import HERE, fresh, work_folder
+from _perplexity import geometric_mean, perplexities, windows_of
+from compress import quantize
+
+DOMAINS = ("prose", "scripture", "drama", "math", "code")
+GRIDS = {2: 32, 3: 128, 4: 128}  # bits, group size
+HOWS: dict[str, dict[str, Any]] = {
+    "rtn": {"method": "rtn"},
+    "gptq": {"method": "gptq"},
+    "gptaq": {"method": "gptq", "asymmetric_calibration": 1.0},
+    "gptaq, a quarter": {"method": "gptq", "asymmetric_calibration": 0.25},
+}
+SEEDLESS = ("rtn",)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One output folder."""
+
+    how: str
+    bits: int
+    seed: int
+
+
+def cases(hows: list[str], bits: list[int], seeds: list[int]) -> Iterator[Case]:
+    """Everything to measure; what is to be compared comes one after the other."""
+    for width in bits:
+        for seed in seeds:
+            for how in hows:
+                if seed == seeds[0] or how not in SEEDLESS:
+                    yield Case(how, width, seed)
+
+
+def make(case: Case, args: argparse.Namespace, out: Path) -> float:
+    """Make the folder of ``case``; returns its bits a weight."""
+    options = {"bits": case.bits, "group_size": GRIDS[case.bits], **HOWS[case.how], "seed": case.seed}
+    if HOWS[case.how]["method"] != "rtn":
+        options |= {"dataset": str(args.data / "calibration.txt"), "num_samples": args.num_samples, "seq_len": 256}
+    quantize(args.model, output_dir=fresh(out), device="cpu", **options)
+    return float(json.loads((out / "provenance.json").read_text())["size"]["bits_a_weight"])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, default=HERE.parent / "examples" / "tiny-llama")
+    parser.add_argument("--data", type=Path, default=HERE.parent.parent / "shared" / "data", help="folder of texts")
+    parser.add_argument("--hows", nargs="+", choices=list(HOWS), default=list(HOWS))
+    parser.add_argument("--bits", nargs="+", type=int, choices=list(GRIDS), default=list(GRIDS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--num-samples", type=int, default=32)
+    parser.add_argument("--tokens", type=int, default=5_000, help="of each text")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    args = parser.parse_args()
+    texts = [args.data / f"{domain}.test.txt" for domain in DOMAINS]
+    missing = [str(path) for path in (args.data / "calibration.txt", *texts) if not path.is_file()]
+    if missing:
+        parser.error(f"--data: not found: {', '.join(missing)}")
+    windows = [windows_of(text, args.model, args.tokens) for text in texts]
+    original = perplexities(args.model, windows)
+    found: dict[tuple[str, int], list[float]] = {}
+    sizes: dict[tuple[str, int], float] = {}
+    with work_folder(None) as work:
+        for case in cases(args.hows, args.bits, args.seeds):
+            key = case.how, case.bits
+            sizes[key] = make(case, args, work / "out")
+            ratios = [value / base for value, base in zip(perplexities(work / "out", windows), original, strict=True)]
+            found.setdefault(key, []).append(geometric_mean(ratios))
+            note(f"{case.how}, {case.bits} bits, seed {case.seed}: {found[key][-1]:.4f}")
+    rows = []
+    for how in args.hows:
+        cells = []
+        for width in args.bits:
+            values = found[how, width]
+            spread = "" if len(values) == 1 else f" ({min(values):.4f} to {max(values):.4f})"
+            cells.append(f"{statistics.mean(values):.4f}{spread} at {sizes[how, width]:.2f}")
+        rows.append([how, *cells])
+    widths = [f"{width} bits, groups of {GRIDS[width]}" for width in args.bits]
+    table(f"Perplexity over the original's, and bits a weight; seeds {args.seeds}", ["", *widths], rows)
+    figures = [{"how": how, "bits": bits, "ratios": ratios} for (how, bits), ratios in found.items()]
+    save_json(args.json, {"model": str(args.model), "seeds": args.seeds, "figures": figures})
+
+
+if __name__ == "__main__":
+    main()
