@@ -30,6 +30,8 @@ HOWS: dict[str, dict[str, Any]] = {
     "gptq": {"method": "gptq"},
     "gptaq": {"method": "gptq", "asymmetric_calibration": 1.0},
     "gptaq, a quarter": {"method": "gptq", "asymmetric_calibration": 0.25},
+    "rtn, rotated": {"method": "rtn", "rotate": True},
+    "gptq, rotated": {"method": "gptq", "rotate": True},
 }
 SEEDLESS = ("rtn",)
 

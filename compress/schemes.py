@@ -135,6 +135,12 @@ class GridOptions(NormOptions, LowBitOptions):
         "to weights; 0.5 is usual",
     )
 
+    rotate: bool = Field(
+        False,
+        description="turn the residual stream and the values of heads into a random Hadamard basis first, so that no channel "
+        "is far larger than others; for models with RMS norms, whose gains are folded into weights",
+    )
+
     @model_validator(mode="after")
     def _useful(self) -> Self:
         if self.clip == "on" and self.scheme in HARDWARE and self.bits == 8:

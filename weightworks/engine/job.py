@@ -37,6 +37,7 @@ from weightworks.store.layout import Format
 from weightworks.store.manifest import made_by, read_provenance
 from weightworks.store.masks import SUFFIX, Masks, mask_spec, pack_bits
 from weightworks.store.packing import Scheme
+from weightworks.store.rotated import RotatedCheckpoint
 from weightworks.store.shards import planned_bytes
 from weightworks.store.smoothed import SmoothedView
 from weightworks.store.tensorfile import TensorSpec
@@ -371,7 +372,10 @@ class Job:
         """What became of every input tensor: transformed or copied, with the reason a matrix was left as it is."""
         done = self.changed if self.tweak is None else {*self.linears, *self.tuned}
         rescaled = self.replaced - done
-        copied = [name for name in self.checkpoint.tensors if name not in done | rescaled]
+        turned = set()
+        if isinstance(self.checkpoint, RotatedCheckpoint):
+            turned = set(self.checkpoint.turns or ()) - done - rescaled
+        copied = [name for name in self.checkpoint.tensors if name not in done | rescaled | turned]
         left = {
             name: self.kept.get(name, "unused by the model")
             for name in copied
@@ -383,6 +387,7 @@ class Job:
             **({} if self.tweak is None else {"tuned": len(self.tuned)}),
             "copied": len(copied),
             **({"rescaled": len(rescaled)} if rescaled else {}),
+            **({"rotated": len(turned)} if turned else {}),
             "dropped": 0,
             "left_as_they_are": left,
         }

@@ -77,6 +77,9 @@ def model_card(source: Checkpoint, name: str, provenance: dict[str, Any], dequan
         facts = provenance["calibration"]
         what = "training text" if "training" in provenance else "calibration"
         rows.append((what, f"{facts['source']}, {facts['windows']} windows of {facts['seq_len']} tokens"))
+    if (rotation := provenance.get("rotation")) is not None:
+        heads = f", and the values of attention in {rotation['value_heads']} blocks" if rotation["value_heads"] else ""
+        rows.append(("rotated", f"the residual stream{heads}; gains of norms are folded into weights"))
     if (smoothing := provenance.get("smoothing")) is not None:
         done = f"{smoothing['norms']} norms handed part of their scale on to {smoothing['weights']} weights"
         rows.append(("smoothed", f"{done}; no norm feeds {len(smoothing['left'])} others"))
