@@ -32,6 +32,8 @@ HOWS: dict[str, dict[str, Any]] = {
     "gptaq, a quarter": {"method": "gptq", "asymmetric_calibration": 0.25},
     "rtn, rotated": {"method": "rtn", "rotate": True},
     "gptq, rotated": {"method": "gptq", "rotate": True},
+    "awq": {"method": "awq", "clip": "off"},
+    "awq, clipped": {"method": "awq", "clip": "on"},
 }
 SEEDLESS = ("rtn",)
 

@@ -122,7 +122,17 @@ class IntegerOptions(LowBitOptions):
     )
 
 
-class GridOptions(NormOptions, LowBitOptions):
+class StepOptions(NormOptions):
+    """Steps before and after a quantizer, whichever it is."""
+
+    rotate: bool = Field(
+        False,
+        description="turn the residual stream and the values of heads into a random Hadamard basis first, so that no channel "
+        "is far larger than others; for models with RMS norms, whose gains are folded into weights",
+    )
+
+
+class GridOptions(StepOptions, LowBitOptions):
     """Options of quantizers that round to hardware formats too, and may be followed by a tuning of norms."""
 
     scheme: AnyName | None = Field(None, description="preset for bits, group size and symmetry, or a hardware format")
@@ -133,12 +143,6 @@ class GridOptions(NormOptions, LowBitOptions):
         le=1,
         description="SmoothQuant before formats that round inputs: share of the size of input channels that norms hand on "
         "to weights; 0.5 is usual",
-    )
-
-    rotate: bool = Field(
-        False,
-        description="turn the residual stream and the values of heads into a random Hadamard basis first, so that no channel "
-        "is far larger than others; for models with RMS norms, whose gains are folded into weights",
     )
 
     @model_validator(mode="after")

@@ -326,6 +326,7 @@ def _seconds(job: Job | ReduceJob, tokens: tuple[int, int] | None, probe: tuple[
         passes = (
             (job.blockwise or hasattr(job.method, "reduces"))
             + job.paired
+            + 4 * hasattr(job.method, "smoother")
             + 2 * by_gradients(job.method)
             + 2 * hasattr(job.method, "renormalises")
             + sum(survey.watch is not None for survey in surveys)

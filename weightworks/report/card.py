@@ -82,7 +82,8 @@ def model_card(source: Checkpoint, name: str, provenance: dict[str, Any], dequan
         rows.append(("rotated", f"the residual stream{heads}; gains of norms are folded into weights"))
     if (smoothing := provenance.get("smoothing")) is not None:
         done = f"{smoothing['norms']} norms handed part of their scale on to {smoothing['weights']} weights"
-        rows.append(("smoothed", f"{done}; no norm feeds {len(smoothing['left'])} others"))
+        done += f", {smoothing['rows']} linears that of their rows" if "rows" in smoothing else ""
+        rows.append(("smoothed", f"{done}; {len(smoothing['left'])} others have nothing to hand it on"))
     rows.append(("checked with", provenance["checks"]["loader"]))
     if "quantized_weights" in size:
         rows.append(("format", str(provenance.get("format", options.get("format")))))
