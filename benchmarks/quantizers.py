@@ -25,6 +25,7 @@ from compress import quantize
 
 DOMAINS = ("prose", "scripture", "drama", "math", "code")
 GRIDS = {2: 32, 3: 128, 4: 128}  # bits, group size
+BOOKS = ("NF4", "FP4", "SHIFT4")  # of 4 bits, in groups of 64
 HOWS: dict[str, dict[str, Any]] = {
     "rtn": {"method": "rtn"},
     "gptq": {"method": "gptq"},
@@ -34,8 +35,10 @@ HOWS: dict[str, dict[str, Any]] = {
     "gptq, rotated": {"method": "gptq", "rotate": True},
     "awq": {"method": "awq", "clip": "off"},
     "awq, clipped": {"method": "awq", "clip": "on"},
+    "higgs": {"method": "higgs", "group_size": 128},
+    **{f"{method}, {book}": {"method": method, "scheme": book} for book in BOOKS for method in ("rtn", "gptq")},
 }
-SEEDLESS = ("rtn",)
+SEEDLESS = ("rtn", "higgs", *(f"rtn, {book}" for book in BOOKS))
 
 
 @dataclass(frozen=True)
@@ -52,17 +55,24 @@ def cases(hows: list[str], bits: list[int], seeds: list[int]) -> Iterator[Case]:
     for width in bits:
         for seed in seeds:
             for how in hows:
+                if "scheme" in HOWS[how] and width != 4:
+                    continue
                 if seed == seeds[0] or how not in SEEDLESS:
                     yield Case(how, width, seed)
 
 
 def make(case: Case, args: argparse.Namespace, out: Path) -> float:
     """Make the folder of ``case``; returns its bits a weight."""
-    options = {"bits": case.bits, "group_size": GRIDS[case.bits], **HOWS[case.how], "seed": case.seed}
-    if HOWS[case.how]["method"] != "rtn":
+    asked = HOWS[case.how]
+    grid = {} if "scheme" in asked else {"bits": case.bits, "group_size": GRIDS[case.bits]}
+    options: dict[str, Any] = {**grid, **asked, "seed": case.seed}
+    if asked["method"] not in ("rtn", "higgs"):
         options |= {"dataset": str(args.data / "calibration.txt"), "num_samples": args.num_samples, "seq_len": 256}
     quantize(args.model, output_dir=fresh(out), device="cpu", **options)
-    return float(json.loads((out / "provenance.json").read_text())["size"]["bits_a_weight"])
+    size = json.loads((out / "provenance.json").read_text())["size"]["bits_a_weight"]
+    if asked["method"] == "higgs":  # dense output: bits of codes and scales
+        return float(options["bits"] + 16 / options["group_size"])
+    return 4.25 if "scheme" in asked else float(size)
 
 
 def main() -> None:
@@ -95,7 +105,9 @@ def main() -> None:
     for how in args.hows:
         cells = []
         for width in args.bits:
-            values = found[how, width]
+            if (values := found.get((how, width))) is None:
+                cells.append("")
+                continue
             spread = "" if len(values) == 1 else f" ({min(values):.4f} to {max(values):.4f})"
             cells.append(f"{statistics.mean(values):.4f}{spread} at {sizes[how, width]:.2f}")
         rows.append([how, *cells])

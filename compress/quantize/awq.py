@@ -88,8 +88,7 @@ def clipped(weight: torch.Tensor, hessian: torch.Tensor, grid: Grid) -> tuple[to
     low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
     least = torch.full(low.shape, torch.inf, device=weight.device)
     scale, zero = grid.from_range(low, high)
-    for shrink in SHRINKS:
-        tried = grid.from_range(low * shrink, high * shrink)
+    for tried in (one for shrink in SHRINKS for one in grid.of_range(low * shrink, high * shrink)):
         error = grid.snap(groups, tried[0][..., None], tried[1][..., None])[1].sub_(groups).transpose(0, 1)
         loss = ((error @ corners) * error).sum(-1).T  # [out, groups]
         better = loss < least
@@ -157,4 +156,4 @@ class Method:
         return Solution(quantized, {"tokens": tokens, "relative_error": lost}, fallbacks)
 
     def _grid(self, target: Target) -> Grid:
-        return Grid(self.scheme(), target.scale_dtype, target.min_zero)
+        return Grid(self.scheme(), target.scale_dtype, target.min_zero, signed=True)

@@ -15,14 +15,15 @@ import torch
 from pydantic import Field, model_validator
 
 from compress import norms, ranges
+from compress.codebooks import LEVELS
 from compress.grids import AnyGrid, grouped
 from compress.hessian import Drifted, Factor, Hessian, drift, factor
-from compress.schemes import HARDWARE, GridOptions
+from compress.schemes import HARDWARE, AnyScheme, GridOptions
 from compress.sweep import COLD, Rounding, block_size, output_energy, relative_loss, sweep
 from weightworks.stage.protocols import Solution, Target
 from weightworks.stage.tweaking import Tweak
 from weightworks.store.floats import FloatScheme
-from weightworks.store.packing import Encoded, IntScheme
+from weightworks.store.packing import Encoded
 
 PAPER = "Frantar et al. 2022, arXiv:2210.17323"
 VERSION = 1
@@ -48,7 +49,7 @@ class Options(GridOptions):
 
     @model_validator(mode="after")
     def _orderly(self) -> Self:
-        if self.act_order == "dynamic" and self.scheme in HARDWARE:
+        if self.act_order == "dynamic" and (self.scheme in HARDWARE or self.scheme in LEVELS):
             raise ValueError(f"scheme {self.scheme} keeps groups of neighbours: act_order must be static or none")
         return self
 
@@ -123,7 +124,7 @@ class Method:
     def __init__(self, options: Options) -> None:
         self.options = options
 
-    def scheme(self) -> IntScheme | FloatScheme:
+    def scheme(self) -> AnyScheme:
         return self.options.any_scheme(reordered=self.options.act_order == "dynamic")
 
     def tweak(self) -> Tweak | None:
