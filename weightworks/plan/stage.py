@@ -26,6 +26,7 @@ from weightworks.engine.repairing import check_repairable, repair
 from weightworks.engine.rotating import facts as rotation_facts
 from weightworks.engine.rotating import rotated
 from weightworks.engine.smoothing import smooth
+from weightworks.engine.solving import check_solvable, solve
 from weightworks.engine.survey import run_surveys
 from weightworks.engine.tensorwise import run_tensorwise
 from weightworks.engine.trained import check_trainable
@@ -128,6 +129,8 @@ def run_stage(
     elif reads_text(method):
         if isinstance(job, Job) and hasattr(method, "renormalises"):
             check_repairable(job)
+        if isinstance(job, AdapterJob):
+            check_solvable(job)
         text = calibrate(job)
     probe = check_windows(checkpoint, job.skeleton, trust_remote_code=settings.trust_remote_code)
     dtype = torch.float32  # what gradients and moments of outputs are computed in
@@ -236,6 +239,10 @@ def worked(
     run_surveys(job, writer, calibration, probe, dtype, on_disk=costs.on_disk)
     if isinstance(text, Lessons) and isinstance(job, AdapterJob):
         results = Beside(job, writer, text, probe, dtype, recompute=costs.recompute).run()
+    elif isinstance(job, AdapterJob):
+        assert calibration is not None
+        room = costs.statistics_bytes
+        results = solve(job, writer, calibration, probe, dtype, on_disk=costs.on_disk, limit=room)
     elif isinstance(text, Lessons) or hasattr(job.method, "renormalises"):
         results = recovered(job, writer, text, probe, dtype, costs)
         copy_rest(job, writer)

@@ -184,8 +184,9 @@ def merge_card(models: Sequence[Checkpoint], base: Checkpoint | None, name: str,
 
 
 def trained_adapter_card(base: Checkpoint, name: str, provenance: dict[str, Any]) -> str:
-    """The card of a LoRA adapter called ``name`` that was trained on ``base``."""
-    sentence = f"trained on `{base.name}`, which stays as it is ({provenance['identity']['method'].split('.')[-1]})"
+    """The card of a LoRA adapter called ``name`` that was trained on ``base``, or solved for it."""
+    how = "trained on" if "training" in provenance else "solved for"
+    sentence = f"{how} `{base.name}`, which stays as it is ({provenance['identity']['method'].split('.')[-1]})"
     return adapter_card([], base, name, provenance, sentence, command(provenance, base))
 
 
