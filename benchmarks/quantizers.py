@@ -18,10 +18,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import load_file, save_file
+
 from _measure import note, save_json, table
 from _ours import HERE, fresh, work_folder
 from _perplexity import geometric_mean, perplexities, windows_of
-from compress import quantize
+from compress import quantize, recover
+from weightworks.store.adapters import Adapter
 
 DOMAINS = ("prose", "scripture", "drama", "math", "code")
 GRIDS = {2: 32, 3: 128, 4: 128}  # bits, group size
@@ -38,6 +41,8 @@ HOWS: dict[str, dict[str, Any]] = {
     "higgs": {"method": "higgs", "group_size": 128},
     **{f"{method}, {book}": {"method": method, "scheme": book} for book in BOOKS for method in ("rtn", "gptq")},
 }
+for first in ("rtn", "gptq"):
+    HOWS |= {f"{first} and lqer": {"method": first, "format": "dense", "lqer": 32}}  # rank
 SEEDLESS = ("rtn", "higgs", *(f"rtn, {book}" for book in BOOKS))
 
 
@@ -66,13 +71,32 @@ def make(case: Case, args: argparse.Namespace, out: Path) -> float:
     asked = HOWS[case.how]
     grid = {} if "scheme" in asked else {"bits": case.bits, "group_size": GRIDS[case.bits]}
     options: dict[str, Any] = {**grid, **asked, "seed": case.seed}
+    text = {"dataset": str(args.data / "calibration.txt"), "num_samples": args.num_samples, "seq_len": 256}
+    rank = options.pop("lqer", None)
     if asked["method"] not in ("rtn", "higgs"):
-        options |= {"dataset": str(args.data / "calibration.txt"), "num_samples": args.num_samples, "seq_len": 256}
+        options |= text
     quantize(args.model, output_dir=fresh(out), device="cpu", **options)
+    if rank is not None:
+        return with_adapter(case, rank, text, args, out)
     size = json.loads((out / "provenance.json").read_text())["size"]["bits_a_weight"]
     if asked["method"] == "higgs":  # dense output: bits of codes and scales
         return float(options["bits"] + 16 / options["group_size"])
     return 4.25 if "scheme" in asked else float(size)
+
+
+def with_adapter(case: Case, rank: int, text: dict[str, Any], args: argparse.Namespace, out: Path) -> float:
+    """Add what lqer wins back to the dense weights in ``out``; returns the bits a weight of codes, scales and adapter."""
+    folder = fresh(out.parent / "adapter")
+    recover(out, method="lqer", teacher=args.model, rank=rank, output_dir=folder, device="cpu", seed=case.seed, **text)
+    adapter, tensors = Adapter.open(folder), load_file(out / "model.safetensors")
+    weights = extra = 0
+    for module in adapter.pairs:
+        a, b = adapter.factors(module)
+        weight = tensors[f"{module}.weight"]
+        tensors[f"{module}.weight"] = weight.float() + b @ a  # no rounding: PEFT adds outputs, not weights
+        weights, extra = weights + weight.numel(), extra + a.numel() + b.numel()
+    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    return case.bits + 16 / GRIDS[case.bits] + 16 * extra / weights  # of an adapter in 16 bits
 
 
 def main() -> None:

@@ -35,13 +35,13 @@ class Options(StepOptions, IntegerOptions):
     """Options of AWQ."""
 
     clip: Literal["auto", "on", "off"] = Field(
-        "auto", description="search the clipping range of each group by the layer's output; auto: on from 3 bits on"
+        "auto", description="search the clipping range of each group by the layer's output; auto: on"
     )
 
     @property
     def clips(self) -> bool:
-        """Whether ranges are searched. At 2 bits that lost more than it won (docs/quantization.md)."""
-        return self.clip == "on" or (self.clip == "auto" and self.bits > 2)
+        """Whether ranges are searched: by the output, not by weights alone, that helped at every width (docs/quantization.md)."""
+        return self.clip != "off"
 
 
 class Sizes(Hessian):

@@ -34,7 +34,6 @@ class Options(StepOptions):
     group_size: int = Field(
         128, ge=2, description="input columns that are rotated together and share a scale; must divide every width"
     )
-    format: Literal["dense"] = Field("dense", description="dequantized weights")
     ignore: Patterns = Field(default=[], description=IGNORE)
 
     @model_validator(mode="after")

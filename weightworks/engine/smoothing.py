@@ -80,7 +80,14 @@ def smooth(
     job.view = SmoothedView(job.checkpoint, replaced, columns, rows)
     left = [name for block in found for name in block["left"]]
     told = {"norms": len(sites) - len(rows), **({"rows": len(rows)} if smoother.rows else {}), "weights": len(columns)}
-    return {"smoothing": {**({} if strength is None else {"strength": strength}), **told, "left": left}}
+    return {
+        "smoothing": {
+            **({} if strength is None else {"strength": strength}),
+            **told,
+            "left": left,
+            "rescaled": sorted(replaced),
+        }
+    }
 
 
 def _look(job: Job, walk: Walk, index: int, smoother: Smoother) -> dict[str, Any]:

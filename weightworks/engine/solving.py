@@ -81,6 +81,8 @@ def _solved(job: Job, writer: CheckpointWriter, original: DenseView, linear: Lin
     for end, factor in (("A", a), ("B", b)):
         writer.put(f"{PREFIX}{linear.module}.lora_{end}.weight", factor.contiguous())
     row: dict[str, Any] = {"tensor": linear.tensor, "shape": list(linear.shape), "method": job.label, "rank": len(a)}
+    row["bytes_in"] = linear.shape[0] * linear.shape[1] * linear.dtype.itemsize
+    row["bytes_out"] = a.nbytes + b.nbytes
     row |= {"tokens": statistics.tokens, "relative_error": left}
     if not statistics.tokens:
         row["fallbacks"] = ["saw no inputs, all count alike"]
