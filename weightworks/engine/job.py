@@ -108,7 +108,7 @@ class Job:
     def outline(self) -> Outline:
         """What there is to train."""
         dtypes = {spec.name: spec.dtype for spec in self.view.specs}
-        return Outline(self.skeleton, self.linears, head_linear(self.skeleton, dtypes))
+        return Outline(self.skeleton, self.linears, head_linear(self.skeleton, dtypes), self.settings.seed)
 
     @cached_property
     def subset(self) -> Subset:
