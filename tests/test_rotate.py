@@ -12,6 +12,7 @@ from architectures import ARCHITECTURES, LLAMA, TIED, Architecture
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from compress.quantize import gptq
 from weightworks.engine.rotating import rotated
 from weightworks.errors import MethodError
 from weightworks.plan.stage import run_stage
@@ -133,6 +134,26 @@ def test_gptq_follows(name: str, tmp_path: Path) -> None:
     told = quantized(source, tmp_path / "out", "gptq", bits=8, group_size=32, rotate=True)
     assert told["quality"]["result"] == pytest.approx(told["quality"]["dense"], rel=0.02)
     assert told["checks"]["loader"].startswith("stock transformers")
+
+
+def test_the_basis_follows_the_seed(small: Path, tmp_path: Path) -> None:
+    """A killed run goes on to the same bytes; another seed is another basis."""
+    whole = quantized(small, tmp_path / "whole", "gptq", rotate=True)
+    calls, solve = [], gptq.Method.solve
+
+    def stop(self: Any, *args: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 6:
+            raise KeyboardInterrupt
+        return solve(self, *args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gptq.Method, "solve", stop)
+        with pytest.raises(KeyboardInterrupt):
+            quantized(small, tmp_path / "cut", "gptq", rotate=True)
+    assert quantized(small, tmp_path / "cut", "gptq", rotate=True)["files"] == whole["files"]
+    first, second = (rotated(Checkpoint.open(small), seed=seed).read("lm_head.weight") for seed in (0, 1))
+    assert not torch.equal(first, second)
 
 
 def test_a_pruned_model_is_refused(sparse: Path) -> None:

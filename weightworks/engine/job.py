@@ -486,6 +486,8 @@ def dense_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def origin(source: Checkpoint | Adapter) -> dict[str, Any]:
     """An input as provenance names it: by its name, its files' digests, and the stage that made it if there is one."""
+    if isinstance(source, RotatedCheckpoint) and source.base is not None:
+        return origin(source.base)
     remarks = source.remarks if isinstance(source, Checkpoint) else []
     try:
         whole = isinstance(source, Adapter) or source.as_stored  # no stage made a sum
