@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from weightworks.errors import CheckpointError, nearest
+from weightworks.store.documents import is_plain, read_json
 from weightworks.store.sources import Digests, cache_folder, is_folder, parts, resolve
 from weightworks.store.tensorfile import TensorInfo, TensorSpec, read_bytes, read_header
 
@@ -180,6 +181,11 @@ def _indexed(root: Path, index: str) -> list[str]:
     if not isinstance(mapped, dict) or not all(isinstance(file, str) for file in mapped.values()):
         raise CheckpointError(f"{root / index}: no weight_map", hint="fetch the index again")
     shards = sorted(set(mapped.values()))
+    if strange := [shard for shard in shards if not is_plain(shard)]:
+        raise CheckpointError(
+            f"{root / index}: {strange[0][:80]!r} is not the name of a file in this folder",
+            hint="shards lie beside their index; do not trust this checkpoint",
+        )
     missing = [shard for shard in shards if not (root / shard).is_file()]
     if missing:
         raise CheckpointError(f"{root}: missing shard{'s' * (len(missing) > 1)} {', '.join(missing)} named in {index}")
@@ -212,14 +218,3 @@ def read_pickle(path: Path) -> dict[str, torch.Tensor]:
         if not isinstance(value, torch.Tensor):
             raise CheckpointError(f"{path}: not a pickle of tensors ('{name}' is {type(value).__name__})")
     return state
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not valid JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: a JSON object is expected, found {type(value).__name__}")
-    return value

@@ -9,7 +9,7 @@ from typing import Any
 from weightworks.store.adapted import AdaptedCheckpoint
 from weightworks.store.checkpoint import Checkpoint
 from weightworks.store.dense import DenseView
-from weightworks.store.manifest import read_provenance
+from weightworks.store.manifest import read_provenance, understood
 from weightworks.store.packing import told
 from weightworks.store.tensorfile import DTYPE_NAMES
 
@@ -20,9 +20,11 @@ def inspect(source: str, *, sparsity: bool = False, allow_pickle: bool = False) 
     view = DenseView(checkpoint)
     tensors = [_row(view, name, sparsity) for name in view.names]
     parameters = sum(row["elements"] for row in tensors)
+    with understood(checkpoint.root):
+        stages = lineage(read_provenance(checkpoint.root))
     return {
         "model": "+".join(map(str, checkpoint.roots)),
-        "architecture": ", ".join(checkpoint.config.get("architectures") or ["unknown"]),
+        "architecture": ", ".join(map(str, _listed(checkpoint.config.get("architectures")) or ["unknown"])),
         "parameters": f"{parameters:,}",
         "bytes": f"{checkpoint.nbytes:,}",
         "bits_a_parameter": round(8 * checkpoint.nbytes / max(parameters, 1), 3),
@@ -31,8 +33,12 @@ def inspect(source: str, *, sparsity: bool = False, allow_pickle: bool = False) 
         **adapted(checkpoint),
         "tensors": tensors,
         "groups": _groups(tensors),
-        "lineage": lineage(read_provenance(checkpoint.root)),
+        "lineage": stages,
     }
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
 
 
 def adapted(checkpoint: Checkpoint) -> dict[str, Any]:

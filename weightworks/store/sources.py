@@ -94,6 +94,10 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def _is_mark(mark: Any) -> bool:
+    return isinstance(mark, list) and len(mark) == 4 and isinstance(mark[3], str)
+
+
 class Digests:
     """sha256 of files, remembered between runs in the file ``memo`` by path, size, time of change and inode."""
 
@@ -102,9 +106,10 @@ class Digests:
         self.fresh: dict[str, list[Any]] = {}
         try:
             known = json.loads(memo.read_text())
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             known = {}
-        self.known: dict[str, list[Any]] = known if isinstance(known, dict) else {}
+        known = known.items() if isinstance(known, dict) else ()
+        self.known: dict[str, list[Any]] = {name: mark for name, mark in known if _is_mark(mark)}
 
     def file(self, path: Path) -> str:
         """The digest of one file."""

@@ -91,6 +91,7 @@ class CheckpointWriter:
 
     def _open(self, identity: dict[str, Any], headers: Mapping[str, bytes], resume: bool) -> None:
         self.staging.mkdir(parents=True, exist_ok=True)
+        refuse_links(self.staging)
         self._lock = os.open(self.staging / "lock", os.O_RDWR | os.O_CREAT, 0o644)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -135,7 +136,7 @@ class CheckpointWriter:
         """Empty the staging folder: of shards that no journal speaks for, or of everything but the lock."""
         for path in self.staging.iterdir():
             if path.suffix == ".safetensors" or path.name in (INDEX, "scratch") or (everything and path.name != "lock"):
-                _remove(path)
+                remove(path)
 
     def _reserve(self, shard: str, header: bytes) -> None:
         self._files[shard] = descriptor = os.open(self.staging / shard, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
@@ -343,14 +344,14 @@ class CheckpointWriter:
             made = self.staging if only is None else self.staging / only
             if os.path.lexists(self.target):
                 old = self.target.with_name(self.target.name + ".replaced")
-                _remove(old)
+                remove(old)
                 self.target.rename(old)
                 made.rename(self.target)
-                _remove(old)
+                remove(old)
             else:
                 made.rename(self.target)
             if only is not None:
-                _remove(self.staging)
+                remove(self.staging)
             _sync_folder(self.target.parent)
 
     def close(self) -> None:
@@ -371,6 +372,15 @@ class CheckpointWriter:
 def staging_of(target: Path) -> Path:
     """Where unfinished work for ``target`` lies."""
     return target.with_name(target.name + ".partial")
+
+
+def refuse_links(staging: Path) -> None:
+    """Refuse a staging folder that leads elsewhere, or in which something does: writing there would change other files."""
+    for path in (staging, *staging.rglob("*")):
+        if path.is_symlink():
+            raise OutputError(
+                f"{path}: is a link, which no run makes there", hint="remove it, or choose another place with -o"
+            )
 
 
 def check_target(target: Path, *, overwrite: bool) -> None:
@@ -403,7 +413,7 @@ def count_not_finite(tensor: torch.Tensor) -> int:
     return int((~torch.isfinite(values)).sum())
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
     """Remove a folder with all it holds, a file, or a link (never what it points to)."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
