@@ -30,6 +30,10 @@ class CheckpointError(WeightworksError):
     """An input checkpoint is missing, incomplete, corrupt, or of a kind we do not read."""
 
 
+class SourceChangedError(CheckpointError):
+    """An input changed while it was read: what was made of it is of neither content, and is thrown away."""
+
+
 class OutputError(WeightworksError):
     """The target cannot be written: it exists, is read-only, or the disk is too small."""
 

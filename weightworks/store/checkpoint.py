@@ -15,14 +15,15 @@ from typing import Any
 
 import torch
 
-from weightworks.errors import CheckpointError, nearest
+from weightworks.errors import CheckpointError, SourceChangedError, nearest
 from weightworks.store.documents import is_plain, read_json
-from weightworks.store.sources import Digests, cache_folder, is_folder, parts, resolve
+from weightworks.store.sources import Digests, cache_folder, file_digest, is_folder, parts, resolve, stamp
 from weightworks.store.tensorfile import TensorInfo, TensorSpec, read_bytes, read_header
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 PICKLE_INDEX = "pytorch_model.bin.index.json"
+READ = (".safetensors", ".bin")  # files whose change in the middle of a run would be read
 MASKS = "masks.safetensors"  # which weights a pruning kept; see masks.py
 FACTORS = "factors.safetensors"  # what weights are the product of; see factors.py
 
@@ -161,6 +162,25 @@ class Checkpoint:
         found = {name: digests.file(self.root / name) for name in names}
         digests.save()
         return found
+
+    @cached_property
+    def stamps(self) -> dict[Path, tuple[int, int, int] | None]:
+        """What tells of a change of the files that are read, as they were when this was first asked for."""
+        paths = [path for root in self.roots for path in sorted(root.iterdir()) if path.suffix in READ]
+        return {path: stamp(path) for path in paths}
+
+    def refuse_changed(self) -> None:
+        """Raise :class:`SourceChangedError` if a file has another content than when ``stamps`` were taken."""
+        for path, before in self.stamps.items():
+            if (now := stamp(path)) == before:
+                continue
+            if now is None or file_digest(path) != self.files.get(path.name):
+                what = "is gone" if now is None else "was changed"
+                raise SourceChangedError(
+                    f"{path}: {what} while it was read; what was made of it is discarded",
+                    hint="run the same command again once nothing writes there",
+                )
+            self.stamps[path] = now  # touched, or written again to the same bytes
 
     @cached_property
     def digest(self) -> str:

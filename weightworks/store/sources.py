@@ -88,6 +88,15 @@ def _download(source: str, allow_pickle: bool) -> Path:
         ) from None
 
 
+def stamp(path: Path) -> tuple[int, int, int] | None:
+    """Size, time of change and inode of a file, which a change of content changes; None if it is gone."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_size, status.st_mtime_ns, status.st_ino
+
+
 def file_digest(path: Path) -> str:
     """sha256 of a file's bytes, in hexadecimal."""
     with path.open("rb") as file:

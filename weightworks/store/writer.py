@@ -17,7 +17,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import xxhash
@@ -47,6 +47,12 @@ def writing(path: Path) -> Iterator[None]:
             errno.EACCES: "choose a writable place with --output-dir",
         }.get(error.errno or 0, "")
         raise OutputError(f"{error.filename or path}: cannot write: {reason}", hint=hint) from error
+
+
+class Watched(Protocol):
+    """An input of a run."""
+
+    def refuse_changed(self) -> None: ...
 
 
 class CheckpointWriter:
@@ -82,6 +88,7 @@ class CheckpointWriter:
         for shard, members in self.files.items():
             headers[shard], infos = build_header(members, shard, self.metadata)
             self.tensors.update((info.name, info) for info in infos)
+        self.watched: Sequence[Watched] = ()  # what is read; a step is only done if it did not change meanwhile
         self.digests: dict[str, str] = {}
         self.steps: dict[str, dict[str, Any]] = {}
         self._fresh: dict[str, str] = {}
@@ -261,6 +268,7 @@ class CheckpointWriter:
 
     def done(self, step: str, facts: Mapping[str, Any] | None = None) -> None:
         """Make everything put since the last call durable, and say so in the journal under the name ``step``."""
+        self.refuse_changed()
         with writing(self.staging):
             for descriptor in self._files.values():
                 os.fdatasync(descriptor)
@@ -268,6 +276,11 @@ class CheckpointWriter:
         self.digests.update(self._fresh)
         self.steps[step] = dict(facts or {})
         self._fresh = {}
+
+    def refuse_changed(self) -> None:
+        """Raise :class:`SourceChangedError` if an input is no more what it was when the run began."""
+        for source in self.watched:
+            source.refuse_changed()
 
     def _append(self, record: Mapping[str, Any]) -> None:
         line = (json.dumps(record) + "\n").encode()
@@ -334,6 +347,7 @@ class CheckpointWriter:
 
     def commit(self, only: str | None = None) -> None:
         """Publish: drop journal and scratch, rename the staging folder to the target; or its file ``only``, all else dropped."""
+        self.refuse_changed()
         check_target(self.target, overwrite=self.overwrite)  # again: it may have appeared during the run
         self.close()
         with writing(self.target):
