@@ -181,3 +181,22 @@ def clock(seconds: int) -> None:
         return real() + (seconds if calls > 1 else 0)
 
     time.time = jumped
+
+
+def no_space(where: str, number: int) -> None:
+    """The disk is full at the ``number``-th call of ``where``, and at no other."""
+    import errno
+
+    def fail() -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    at_call(where, number, fail)
+
+
+def little_memory(more: int) -> None:
+    """This process may take ``more`` bytes of address space on top of what it has."""
+    import resource
+
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    limit = pages * os.sysconf("SC_PAGE_SIZE") + more
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))

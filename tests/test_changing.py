@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from commands import FEW, Commands
 from test_resume import contents
 
 DONE = "weightworks.store.writer:CheckpointWriter.done"
+CLOSE = "weightworks.store.writer:CheckpointWriter.close"
 QUANTIZE = ("quantize", "model", *FEW, "--ignore", "*.mlp.*", "-o", "out")
 
 
@@ -35,6 +37,45 @@ def test_a_source_that_vanishes(compress: Commands, place: Path) -> None:
     assert "Traceback" not in run.err
     assert "model" in run.err
     assert not (place / "out").exists()
+
+
+def test_a_staging_folder_that_vanishes(compress: Commands, place: Path) -> None:
+    run = compress(*QUANTIZE, cwd=place, faults=[["vanishing", DONE, 3, str(place / "out.partial")]])
+    assert run.code == 1, run.err
+    assert "out.partial/scratch" in run.err or "out.partial/" in run.err
+    assert "cannot be read or written (No such file or directory)" in run.err or "cannot write" in run.err
+    shutil.rmtree(place / "out.partial", ignore_errors=True)
+    assert compress(*QUANTIZE, cwd=place).code == 0
+
+
+@pytest.mark.parametrize("more", [1_000_000, 24_000_000, 48_000_000])
+def test_little_memory(compress: Commands, place: Path, more: int) -> None:
+    """Whether or not it comes through, nothing half-written is there, and the same command again goes on."""
+    run = compress(*QUANTIZE, cwd=place, faults=[["little_memory", more]])
+    assert run.code in (0, 1), run.err
+    if run.code:
+        assert "memory" in run.err
+        assert not (place / "out").exists()
+    assert compress(*QUANTIZE, cwd=place).code == 0
+
+
+@pytest.mark.parametrize("call", ["os:pwrite", "os:fsync", "os:fdatasync", "os:posix_fallocate"])
+def test_a_disk_that_is_full_for_once(compress: Commands, place: Path, call: str) -> None:
+    run = compress(*QUANTIZE, cwd=place, faults=[["no_space", call, 1]])
+    assert run.code == 1, run.err
+    assert "cannot write: No space left on device" in run.err
+    assert not (place / "out").exists()
+    assert compress(*QUANTIZE, cwd=place).code == 0
+
+
+def test_interrupted_twice(compress: Commands, place: Path) -> None:
+    twice = ["signal_at", DONE, 3, {"sent": int(signal.SIGINT)}], ["signal_at", CLOSE, 1, {"sent": int(signal.SIGINT)}]
+    run = compress(*QUANTIZE, cwd=place, faults=list(twice))
+    assert run.code == 130, run.err
+    assert not (place / "out").exists()
+    again = compress(*QUANTIZE, cwd=place)
+    assert again.code == 0
+    assert "resuming after block" in again.err
 
 
 def test_a_source_that_is_touched(compress: Commands, place: Path, tmp_path: Path) -> None:

@@ -70,6 +70,15 @@ class VerificationError(WeightworksError):
     exit_code = 4
 
 
+def unreachable(error: OSError) -> WeightworksError:
+    """What the operating system has against reading or writing a file, in a sentence: it vanished, or its disk did."""
+    reason = error.strerror or (str(error).strip() or type(error).__name__).splitlines()[0]
+    where = f"{error.filename}: " if error.filename else ""
+    return WeightworksError(
+        f"{where}cannot be read or written ({reason})", hint="see that it is there, and run the same command again"
+    )
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """A phrase that suggests the nearest known name, or lists what there is."""
     names = sorted(known)

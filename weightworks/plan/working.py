@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
-from weightworks.errors import ResourceError, SourceChangedError, WeightworksError
+from weightworks.errors import ResourceError, SourceChangedError, WeightworksError, unreachable
 from weightworks.report.progress import Progress
 from weightworks.store.checkpoint import Checkpoint
 from weightworks.store.writer import CheckpointWriter
@@ -52,6 +52,8 @@ def working(job: Logged, writer: CheckpointWriter, *, out_of_memory: str = LESS)
             writer.discard()  # of no use, or refused before work: there is nothing to continue
         if ran_out(error):
             raise ResourceError("out of memory; what is finished is kept", hint=out_of_memory) from error
+        if isinstance(error, OSError):
+            raise unreachable(error) from error
         raise
     finally:
         writer.close()
