@@ -433,12 +433,15 @@ def main() -> None:
         bench = Bench(work, random.Random(args.seed))
         try:
             bench.prepare()
-            for command in chosen if set(wanted) & set(FAULTS) else []:
-                seconds, expected = bench.undisturbed(command)
+            calm = {one.name: bench.undisturbed(one) for one in chosen if set(wanted) & set(FAULTS)}
+            speeds = {name: 1 / seconds for name, (seconds, _) in calm.items()}
+            for command in chosen if calm else []:
+                seconds, expected = calm[command.name]
+                kills = max(5, round(args.kills * speeds[command.name] / sum(speeds.values())))  # quick ones take more
                 note(f"{command.name}: {seconds:.2f} s, {len(expected)} files")
                 for name in [fault for fault in FAULTS if fault in wanted]:
                     function, times = FAULTS[name]
-                    function(bench, command, seconds, expected, times or -(-args.kills // len(chosen)))
+                    function(bench, command, seconds, expected, times or kills)
             if "recipes" in wanted:
                 recipes(bench, args.recipe_kills)
         finally:
