@@ -62,7 +62,8 @@ COMMANDS = [
     Command("quantize rtn", ("quantize", "{work}/model", "--method", "rtn", "--group-size", "32", "-o", "out")),
     Command("prune sparsegpt", ("prune", "{work}/model", *FEW, "--pattern", "2:4", "-o", "out")),
     Command(
-        "prune structured", ("prune", "{work}/model", "--method", "structured", *FEW, "--sparsity", "0.25", "-o", "out")
+        "prune structured",
+        ("prune", "{work}/model", "--method", "structured", *FEW, "--sparsity", "0.25", "--round-to", "8", "-o", "out"),
     ),
     Command(
         "recover perp",
