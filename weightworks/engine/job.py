@@ -70,6 +70,11 @@ class Job:
     found: Mapping[str, Any] = field(init=False, default_factory=dict)  # what surveys found, by tensor
     tuned: set[str] = field(init=False, default_factory=set)  # norms that came out changed, by tensor
 
+    @property
+    def watched(self) -> list[Checkpoint]:
+        """What is read, and must not change meanwhile."""
+        return [self.checkpoint, *([self.teacher] if self.teacher else [])]
+
     def __post_init__(self) -> None:
         self.view: DenseView = DenseView(self.checkpoint)
         self._admit()

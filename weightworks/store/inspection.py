@@ -12,7 +12,7 @@ from weightworks.store.adapted import AdaptedCheckpoint
 from weightworks.store.checkpoint import Checkpoint
 from weightworks.store.dense import DenseView
 from weightworks.store.gguffile import SUFFIX, GgufFile, read_gguf
-from weightworks.store.manifest import read_provenance
+from weightworks.store.manifest import read_provenance, understood
 from weightworks.store.packing import told
 from weightworks.store.tensorfile import DTYPE_NAMES
 
@@ -30,9 +30,11 @@ def inspect(source: str, *, sparsity: bool = False, allow_pickle: bool = False) 
     view = DenseView(checkpoint)
     tensors = [_row(view, name, sparsity) for name in view.names]
     parameters = sum(row["elements"] for row in tensors)
+    with understood(checkpoint.root):
+        stages = lineage(read_provenance(checkpoint.root))
     return {
         "model": "+".join(map(str, checkpoint.roots)),
-        "architecture": ", ".join(checkpoint.config.get("architectures") or ["unknown"]),
+        "architecture": ", ".join(map(str, _listed(checkpoint.config.get("architectures")) or ["unknown"])),
         "parameters": f"{parameters:,}",
         "bytes": f"{checkpoint.nbytes:,}",
         "bits_a_parameter": round(8 * checkpoint.nbytes / max(parameters, 1), 3),
@@ -41,7 +43,7 @@ def inspect(source: str, *, sparsity: bool = False, allow_pickle: bool = False) 
         **adapted(checkpoint),
         "tensors": tensors,
         "groups": _groups(tensors),
-        "lineage": lineage(read_provenance(checkpoint.root)),
+        "lineage": stages,
     }
 
 
@@ -69,6 +71,10 @@ def _inspect_gguf(file: GgufFile) -> dict[str, Any]:
         "groups": _groups(tensors),
         "lineage": [],
     }
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
 
 
 def adapted(checkpoint: Checkpoint) -> dict[str, Any]:
