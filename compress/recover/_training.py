@@ -151,7 +151,7 @@ class Recovery(Trainer):
         elif "head" in wanted:
             fallbacks.append("head: left as it is; it is the embedding too, which an adapter of the head would change")
         if self.keeps_adapter:
-            adapters, left = _holdable(outline, adapters)
+            adapters, left = holdable(outline, adapters)
             fallbacks += left
         ordered = tuple(name for name in learnable if name in names)
         inside = [one for name, one in outline.linears.items() if name in adapters]
@@ -186,7 +186,7 @@ class Recovery(Trainer):
         return {"trained": {part: count for part, count in parts.items() if count}}
 
 
-def _holdable(outline: Outline, adapters: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+def holdable(outline: Outline, adapters: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """Those of ``adapters`` that PEFT can hold, and why it cannot hold the others."""
     linears = {**outline.linears, **({} if outline.head is None else {outline.head.tensor: outline.head})}
     turned = any(linears[name].transposed for name in adapters)

@@ -40,6 +40,7 @@ from weightworks.store.manifest import made_by, read_provenance
 from weightworks.store.masks import SUFFIX, Masks, mask_spec, pack_bits
 from weightworks.store.mixed import MixedScheme, elements
 from weightworks.store.packing import Scheme
+from weightworks.store.rotated import RotatedCheckpoint
 from weightworks.store.shards import planned_bytes
 from weightworks.store.smoothed import SmoothedView
 from weightworks.store.tensorfile import TensorSpec
@@ -74,6 +75,11 @@ class Job:
     found: Mapping[str, Any] = field(init=False, default_factory=dict)  # what surveys found, by tensor
     tuned: set[str] = field(init=False, default_factory=set)  # norms that came out changed, by tensor
     allotted: Mapping[str, Scheme] | None = field(init=False, default=None)  # schemes of weights that have not all one
+
+    @property
+    def watched(self) -> list[Checkpoint]:
+        """What is read, and must not change meanwhile."""
+        return [self.checkpoint, *([self.teacher] if self.teacher else [])]
 
     def __post_init__(self) -> None:
         self.view: DenseView = DenseView(self.checkpoint)
@@ -157,12 +163,17 @@ class Job:
     def held(self, columns: int) -> int:
         """Bytes of the statistics of an input of so many columns."""
         if self.second_moments:
-            return 4 * columns**2
+            return 4 * columns**2 * (1 + self.paired)
         return int(self.method.held(columns)) if hasattr(self.method, "held") else 0
 
     def working(self, columns: int) -> int:
         """Bytes needed beside them while weights are solved."""
         return int(self.method.working(columns)) if hasattr(self.method, "working") else 0
+
+    @property
+    def paired(self) -> bool:
+        """Whether the method wants inputs in pairs with those of the unchanged model."""
+        return bool(getattr(self.method, "paired", False))
 
     @property
     def together(self) -> bool:
@@ -425,7 +436,10 @@ class Job:
         """What became of every input tensor: transformed or copied, with the reason a matrix was left as it is."""
         done = self.changed if self.tweak is None else {*self.linears, *self.tuned}
         rescaled = self.replaced - done
-        copied = [name for name in self.checkpoint.tensors if name not in done | rescaled]
+        turned = set()
+        if isinstance(self.checkpoint, RotatedCheckpoint):
+            turned = set(self.checkpoint.turns or ()) - done - rescaled
+        copied = [name for name in self.checkpoint.tensors if name not in done | rescaled | turned]
         left = {
             name: self.kept.get(name, "unused by the model")
             for name in copied
@@ -437,6 +451,7 @@ class Job:
             **({} if self.tweak is None else {"tuned": len(self.tuned)}),
             "copied": len(copied),
             **({"rescaled": len(rescaled)} if rescaled else {}),
+            **({"rotated": len(turned)} if turned else {}),
             "dropped": 0,
             "left_as_they_are": left,
         }
@@ -540,6 +555,8 @@ def dense_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def origin(source: Checkpoint | Adapter) -> dict[str, Any]:
     """An input as provenance names it: by its name, its files' digests, and the stage that made it if there is one."""
+    if isinstance(source, RotatedCheckpoint) and source.base is not None:
+        return origin(source.base)
     remarks = source.remarks if isinstance(source, Checkpoint) else []
     try:
         whole = isinstance(source, Adapter) or source.as_stored  # no stage made a sum

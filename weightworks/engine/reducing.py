@@ -91,6 +91,7 @@ class ReduceJob:
 
     teacher: ClassVar[None] = None
     together: ClassVar[bool] = False
+    paired: ClassVar[bool] = False
     tweak: ClassVar[None] = None
     blockwise: ClassVar[bool] = False
 
@@ -107,6 +108,11 @@ class ReduceJob:
     plan: Plan = field(init=False)
     found: Any = field(init=False, default=None)
     returns_tuple: int = field(init=False, default=0)
+
+    @property
+    def watched(self) -> list[Checkpoint]:
+        """What is read, and must not change meanwhile."""
+        return [self.checkpoint]
 
     def __post_init__(self) -> None:
         self.view = DenseView(self.checkpoint)
