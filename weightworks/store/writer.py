@@ -17,7 +17,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import xxhash
@@ -25,7 +25,7 @@ import xxhash
 from weightworks.errors import MethodError, OutputError, VerificationError
 from weightworks.store.checkpoint import INDEX, SINGLE, Checkpoint
 from weightworks.store.journal import JOURNAL, difference, read_journal
-from weightworks.store.shards import file_bytes, plan_shards
+from weightworks.store.shards import plan_shards
 from weightworks.store.tensorfile import TensorInfo, TensorSpec, build_header, read_bytes, write_bytes
 
 READ_BYTES = 1 << 20  # read back at a time: both digests find them in the processor's cache
@@ -49,13 +49,20 @@ def writing(path: Path) -> Iterator[None]:
         raise OutputError(f"{error.filename or path}: cannot write: {reason}", hint=hint) from error
 
 
+class Watched(Protocol):
+    """An input of a run."""
+
+    def refuse_changed(self) -> None: ...
+
+
 class CheckpointWriter:
     """Writes the tensors ``specs`` into ``target`` by way of the staging folder ``<target>.partial``.
 
     ``identity`` says what is being made. A staging folder of the same identity is continued (unless ``resume`` is off),
     one of another identity is refused. ``steps`` holds the facts of every step the journal already has. ``side`` are files
     of tensors that are no weights of the model, by file name; the index does not name them. Without ``specs`` there are
-    no others. ``metadata`` is what every file says of itself.
+    no others. ``metadata`` is what every file says of itself. ``openings`` are the bytes before the first tensor of side files
+    in another layout than safetensors; their tensors follow in the order given.
     """
 
     def __init__(
@@ -69,6 +76,7 @@ class CheckpointWriter:
         resume: bool = True,
         side: Mapping[str, Sequence[TensorSpec]] | None = None,
         metadata: Mapping[str, str] | None = None,
+        openings: Mapping[str, bytes] | None = None,
     ) -> None:
         check_target(target, overwrite=overwrite)
         self.target = target if target.name not in ("", "..") else target.resolve()
@@ -76,12 +84,13 @@ class CheckpointWriter:
         planned = list(specs)
         self.shards = plan_shards(planned, max_shard_bytes) if planned else {}  # an adapter has side files only
         self.side = {file: list(members) for file, members in (side or {}).items()}
-        self.metadata = dict(metadata or {})
+        self.metadata, self.openings = dict(metadata or {}), dict(openings or {})
         self.tensors: dict[str, TensorInfo] = {}
         headers: dict[str, bytes] = {}
         for shard, members in self.files.items():
-            headers[shard], infos = build_header(members, shard, self.metadata)
+            headers[shard], infos = self._header(members, shard)
             self.tensors.update((info.name, info) for info in infos)
+        self.watched: Sequence[Watched] = ()  # what is read; a step is only done if it did not change meanwhile
         self.digests: dict[str, str] = {}
         self.steps: dict[str, dict[str, Any]] = {}
         self._fresh: dict[str, str] = {}
@@ -91,6 +100,7 @@ class CheckpointWriter:
 
     def _open(self, identity: dict[str, Any], headers: Mapping[str, bytes], resume: bool) -> None:
         self.staging.mkdir(parents=True, exist_ok=True)
+        refuse_links(self.staging)
         self._lock = os.open(self.staging / "lock", os.O_RDWR | os.O_CREAT, 0o644)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -131,11 +141,25 @@ class CheckpointWriter:
         if not records:
             self._append(first)
 
+    def _header(self, specs: Sequence[TensorSpec], file: str) -> tuple[bytes, list[TensorInfo]]:
+        """The bytes before the first tensor of ``file``, and the places of its tensors."""
+        if file not in self.openings:
+            return build_header(specs, file, self.metadata)
+        infos, place = [], len(self.openings[file])
+        for spec in specs:
+            infos.append(TensorInfo(spec.name, spec.shape, spec.dtype, spec.nbytes, file, place))
+            place += spec.nbytes
+        return self.openings[file], infos
+
     def _discard(self, *, everything: bool) -> None:
         """Empty the staging folder: of shards that no journal speaks for, or of everything but the lock."""
         for path in self.staging.iterdir():
-            if path.suffix == ".safetensors" or path.name in (INDEX, "scratch") or (everything and path.name != "lock"):
-                _remove(path)
+            if (
+                path.suffix in (".safetensors", ".gguf")
+                or path.name in (INDEX, "scratch")
+                or (everything and path.name != "lock")
+            ):
+                remove(path)
 
     def _reserve(self, shard: str, header: bytes) -> None:
         self._files[shard] = descriptor = os.open(self.staging / shard, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
@@ -156,7 +180,7 @@ class CheckpointWriter:
         again = LAID_OUT in self.steps
         self.shards = plan_shards(list(specs), max_shard_bytes)
         for shard, members in self.shards.items():
-            header, infos = build_header(members, shard, self.metadata)
+            header, infos = self._header(members, shard)
             self.tensors.update((info.name, info) for info in infos)
             if again:
                 self._files[shard] = os.open(self.staging / shard, os.O_RDWR)
@@ -169,7 +193,7 @@ class CheckpointWriter:
     def add(self, file: str, specs: Sequence[TensorSpec]) -> None:
         """Plan and reserve one more side file, of tensors whose shapes the work itself has found out."""
         self.side[file] = list(specs)
-        header, infos = build_header(specs, file, self.metadata)
+        header, infos = self._header(specs, file)
         self.tensors.update((info.name, info) for info in infos)
         with writing(self.staging / file):
             self._reserve(file, header)
@@ -189,7 +213,10 @@ class CheckpointWriter:
     @property
     def nbytes(self) -> int:
         """Bytes of all weight files, headers included: exact, known before any work."""
-        return sum(file_bytes(members, shard, self.metadata) for shard, members in self.files.items())
+        return sum(
+            len(self._header(members, shard)[0]) + sum(spec.nbytes for spec in members)
+            for shard, members in self.files.items()
+        )
 
     def put(self, name: str, tensor: torch.Tensor) -> None:
         """Write one tensor. Its shape and dtype must be the planned ones, its values finite."""
@@ -260,6 +287,7 @@ class CheckpointWriter:
 
     def done(self, step: str, facts: Mapping[str, Any] | None = None) -> None:
         """Make everything put since the last call durable, and say so in the journal under the name ``step``."""
+        self.refuse_changed()
         with writing(self.staging):
             for descriptor in self._files.values():
                 os.fdatasync(descriptor)
@@ -267,6 +295,11 @@ class CheckpointWriter:
         self.digests.update(self._fresh)
         self.steps[step] = dict(facts or {})
         self._fresh = {}
+
+    def refuse_changed(self) -> None:
+        """Raise :class:`SourceChangedError` if an input is no more what it was when the run began."""
+        for source in self.watched:
+            source.refuse_changed()
 
     def _append(self, record: Mapping[str, Any]) -> None:
         line = (json.dumps(record) + "\n").encode()
@@ -288,7 +321,7 @@ class CheckpointWriter:
         return digests
 
     def _read_shard(self, shard: str, infos: list[TensorInfo]) -> str:
-        path, header = self.staging / shard, build_header(self.files[shard], shard, self.metadata)[0]
+        path, header = self.staging / shard, self._header(self.files[shard], shard)[0]
         whole, hint = (
             hashlib.sha256(header),
             "the disk or its cache is faulty; the staging folder is left for inspection",
@@ -333,6 +366,7 @@ class CheckpointWriter:
 
     def commit(self, only: str | None = None) -> None:
         """Publish: drop journal and scratch, rename the staging folder to the target; or its file ``only``, all else dropped."""
+        self.refuse_changed()
         check_target(self.target, overwrite=self.overwrite)  # again: it may have appeared during the run
         self.close()
         with writing(self.target):
@@ -343,14 +377,14 @@ class CheckpointWriter:
             made = self.staging if only is None else self.staging / only
             if os.path.lexists(self.target):
                 old = self.target.with_name(self.target.name + ".replaced")
-                _remove(old)
+                remove(old)
                 self.target.rename(old)
                 made.rename(self.target)
-                _remove(old)
+                remove(old)
             else:
                 made.rename(self.target)
             if only is not None:
-                _remove(self.staging)
+                remove(self.staging)
             _sync_folder(self.target.parent)
 
     def close(self) -> None:
@@ -371,6 +405,15 @@ class CheckpointWriter:
 def staging_of(target: Path) -> Path:
     """Where unfinished work for ``target`` lies."""
     return target.with_name(target.name + ".partial")
+
+
+def refuse_links(staging: Path) -> None:
+    """Refuse a staging folder that leads elsewhere, or in which something does: writing there would change other files."""
+    for path in (staging, *staging.rglob("*")):
+        if path.is_symlink():
+            raise OutputError(
+                f"{path}: is a link, which no run makes there", hint="remove it, or choose another place with -o"
+            )
 
 
 def check_target(target: Path, *, overwrite: bool) -> None:
@@ -403,7 +446,7 @@ def count_not_finite(tensor: torch.Tensor) -> int:
     return int((~torch.isfinite(values)).sum())
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
     """Remove a folder with all it holds, a file, or a link (never what it points to)."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
