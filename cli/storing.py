@@ -1,4 +1,4 @@
-"""The commands that store a sparse checkpoint compactly, and bring it back."""
+"""The commands that write a checkpoint in another container: sparse ones compactly and back, any as a GGUF file."""
 
 from __future__ import annotations
 
@@ -19,20 +19,59 @@ def export(
     sparse: Annotated[
         bool, typer.Option("--sparse", help="zeros as bits: a bitmask and the values that are kept")
     ] = False,
-    output_dir: Annotated[
-        Path | None, typer.Option("-o", "--output-dir", help="default: the model's name and -sparse, here")
+    gguf: Annotated[
+        str | None,
+        typer.Option("--gguf", metavar="TYPE", help="one GGUF file: Q8_0, Q4_0, Q4_K, MXFP4, BF16 or F16"),
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace an existing output folder")] = False,
+    output_dir: Annotated[
+        Path | None,
+        typer.Option(
+            "-o",
+            "--output-dir",
+            help="default: the model's name and -sparse or -TYPE.gguf, here; --gguf takes a file too",
+        ),
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace an existing output")] = False,
+    no_resume: Annotated[
+        bool, typer.Option("--no-resume", help="discard what an earlier run has left unfinished")
+    ] = False,
+    allow_pickle: Annotated[bool, typer.Option("--allow-pickle", help="read .bin weights (--gguf)")] = False,
     json: JSON = False,
     quiet: QUIET = False,
 ) -> int | None:
-    """Write a checkpoint for storage; `compress densify` brings the very bytes back. Loaders do not read it."""
-    if not sparse:
-        raise UsageError("nothing to export to", hint="give --sparse")
+    """Write a checkpoint for storage (`compress densify` brings the very bytes back) or as a GGUF file for llama.cpp."""
+    if sparse == (gguf is not None):
+        raise UsageError(
+            "nothing to export to" if not sparse else "one export at a time", hint="give --sparse or --gguf TYPE"
+        )
+    say = (lambda line: None) if quiet else show
+    if gguf is not None:
+        from weightworks.store.ggufexport import export as write
+
+        facts = write(
+            model,
+            gguf.upper(),
+            output_dir,
+            overwrite=overwrite,
+            resume=not no_resume,
+            allow_pickle=allow_pickle,
+            say=say,
+        )
+        if not quiet:
+            for remark in facts["remarks"]:
+                show(f"note: {remark}")
+            bits, error = facts["bits_a_weight"], facts["relative_error"]
+            show(
+                f"{facts['file']}: {size(facts['bytes_out'])}, {bits:.3g} bits a weight, relative error {error:.2g}, "
+                "decoded and compared"
+            )
+        if json:
+            emit(facts)
+        return 0
     from weightworks.store.sparse import export as run
 
     target = output_dir or Path(f"{Path(model).resolve().name}-sparse")
-    facts = run(model, target, overwrite=overwrite, say=(lambda line: None) if quiet else show)
+    facts = run(model, target, overwrite=overwrite, resume=not no_resume, say=say)
     if not quiet:
         share = facts["bytes_out"] / facts["bytes_in"]
         show(

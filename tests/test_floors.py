@@ -35,7 +35,15 @@ FLOORS = {
     "cli": 7,
 }
 GROUND = {"weightworks.errors", "weightworks"}  # all that the catalog may import, so that help stays quick
-FROM = {"torch": 2, "numpy": 2, "safetensors": 2, "transformers": 3, "accelerate": 3, "tokenizers": 3}  # lowest floor
+FROM = {
+    "torch": 2,
+    "numpy": 2,
+    "safetensors": 2,
+    "transformers": 3,
+    "accelerate": 3,
+    "tokenizers": 3,
+    "gguf": 2,
+}  # lowest floor
 # Methods of one shelf share modules beside the shelves (compress/grids.py); a method never imports a method.
 SHELVES = {package for package in catalog.SHELVES.values() if (REPOSITORY / package.replace(".", "/")).is_dir()}
 

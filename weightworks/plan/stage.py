@@ -23,7 +23,10 @@ from weightworks.engine.modelwise import Training
 from weightworks.engine.reconstruct import Reconstruction
 from weightworks.engine.reducing import ReduceJob, Run, reduce
 from weightworks.engine.repairing import check_repairable, repair
+from weightworks.engine.rotating import facts as rotation_facts
+from weightworks.engine.rotating import rotated
 from weightworks.engine.smoothing import smooth
+from weightworks.engine.solving import check_solvable, solve
 from weightworks.engine.survey import run_surveys
 from weightworks.engine.tensorwise import run_tensorwise
 from weightworks.engine.trained import check_trainable
@@ -42,6 +45,7 @@ from weightworks.stage.settings import Settings
 from weightworks.store.checkpoint import FACTORS, Checkpoint
 from weightworks.store.manifest import changed_files, read_provenance
 from weightworks.store.packing import told
+from weightworks.store.rotated import RotatedCheckpoint
 from weightworks.store.sources import file_digest
 from weightworks.store.writer import CheckpointWriter, check_target
 from weightworks.stream.lessons import Lessons
@@ -103,6 +107,8 @@ def run_stage(
     checkpoint = opened(model, settings, called)
     if kind != "prune":
         refuse_filled(checkpoint)
+    if getattr(method.options, "rotate", False):
+        checkpoint = rotated(checkpoint, seed=settings.seed, trust_remote_code=settings.trust_remote_code)
     original = None if teacher is None else opened(teacher, settings, called)
     target = (output_dir or default_target(checkpoint, name, method.options)).absolute()
     keep_inputs(target, [checkpoint, *([original] if original else [])])
@@ -123,6 +129,8 @@ def run_stage(
     elif reads_text(method):
         if isinstance(job, Job) and hasattr(method, "renormalises"):
             check_repairable(job)
+        if isinstance(job, AdapterJob):
+            check_solvable(job)
         text = calibrate(job)
     probe = check_windows(checkpoint, job.skeleton, trust_remote_code=settings.trust_remote_code)
     dtype = torch.float32  # what gradients and moments of outputs are computed in
@@ -196,6 +204,7 @@ def execute(
             **({} if isinstance(job, AdapterJob) else {"size": sizes(job, results["rows"])}),
             **({"format": f"{job.format.name}: {told(job.scheme)}"} if job.format and job.scheme else {}),
             "quality": {key: results[key] for key in ("dense", "result")},
+            **({"rotation": rotation_facts(job.checkpoint)} if isinstance(job.checkpoint, RotatedCheckpoint) else {}),
             **{key: results[key] for key in ("smoothing", "training", "renormalisation", "norms") if key in results},
         }
         if text is not None:
@@ -230,6 +239,10 @@ def worked(
     run_surveys(job, writer, calibration, probe, dtype, on_disk=costs.on_disk)
     if isinstance(text, Lessons) and isinstance(job, AdapterJob):
         results = Beside(job, writer, text, probe, dtype, recompute=costs.recompute).run()
+    elif isinstance(job, AdapterJob):
+        assert calibration is not None
+        room = costs.statistics_bytes
+        results = solve(job, writer, calibration, probe, dtype, on_disk=costs.on_disk, limit=room)
     elif isinstance(text, Lessons) or hasattr(job.method, "renormalises"):
         results = recovered(job, writer, text, probe, dtype, costs)
         copy_rest(job, writer)
@@ -253,8 +266,9 @@ def worked(
                 job, writer, calibration, probe, on_disk=costs.on_disk, traced_bytes=costs.statistics_bytes
             ).run(solved(job, writer))
         else:
-            # Other processes open the checkpoint themselves, and would not see it smoothed.
-            rows = run_tensorwise(job, writer, None if smoothing else executor)
+            # Other processes open the checkpoint themselves, and would not see it changed.
+            alone = smoothing or isinstance(job.checkpoint, RotatedCheckpoint)
+            rows = run_tensorwise(job, writer, None if alone else executor)
         results = {"rows": rows, "dense": stream_perplexity(job, job.view, probe)}
         copy_rest(job, writer)
         written = Written(job, writer)
@@ -303,20 +317,30 @@ def short_name(checkpoint: Checkpoint) -> str:
 
 
 def default_target(checkpoint: Checkpoint, method: str, options: Any) -> Path:
-    """The model's name plus what was done, in the current folder: ``tiny-llama-gptq-w4g128``, ``tiny-llama-wanda-2of4``."""
-    name = short_name(checkpoint)
+    """The model's name plus what was done, in the current folder: ``tiny-llama-gptq-w4g128``, ``tiny-llama-wanda-2of4``,
+    ``tiny-llama-gptq-w8a8-smooth`` where channels were made alike first, ``-norms-closed`` where norms were tuned after."""
+    parts = [short_name(checkpoint), _done(method, options)]
+    if getattr(options, "smooth", None) is not None:
+        parts.append("smooth")
+    if (tweak := getattr(options, "norm_tweak", "none")) != "none":
+        parts.append(f"norms-{tweak}")
+    return Path("-".join(parts))
+
+
+def _done(method: str, options: Any) -> str:
+    """The method with what its outputs differ in most."""
     if (amount := getattr(options, "amount", None)) is not None:
-        return Path(f"{name}-{method}-{amount}")
+        return f"{method}-{amount}"
     if (share := getattr(options, "sparsity", None)) is not None:
         pattern = getattr(options, "pattern", "unstructured")
         method += f"-s{100 * share:g}" if pattern == "unstructured" else f"-{pattern.replace(':', 'of')}"
     if (named := hardware({"scheme": getattr(options, "scheme", None)})) is not None:
-        return Path(f"{name}-{method}-{named.lower().replace('_', '-')}")
+        return f"{method}-{named.lower().replace('_', '-')}"
     if (bits := getattr(options, "bits", None)) is None:
-        return Path(f"{name}-{method}")
+        return method
     size = getattr(options, "group_size", -1)
     group = "" if size == -1 else f"g{size}"
-    return Path(f"{name}-{method}-w{bits}{group}{'' if getattr(options, 'sym', True) else '-asym'}")
+    return f"{method}-w{bits}{group}{'' if getattr(options, 'sym', True) else '-asym'}"
 
 
 def finished(target: Path, identity: dict[str, Any]) -> dict[str, Any] | None:

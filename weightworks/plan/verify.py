@@ -15,6 +15,7 @@ from weightworks.plan.texts import check_windows
 from weightworks.store.checkpoint import FACTORS, MASKS, Checkpoint
 from weightworks.store.dense import DenseView
 from weightworks.store.factors import check_factors
+from weightworks.store.gguffile import SUFFIX, decoded, read_gguf
 from weightworks.store.manifest import changed_files, read_provenance, understood
 from weightworks.store.masks import check_masks
 from weightworks.store.sources import folders
@@ -29,8 +30,10 @@ from weightworks.stream.skeleton import DenseReader, Skeleton, build
 def verify(source: str, *, trust_remote_code: bool = False, allow_pickle: bool = False) -> list[dict[str, Any]]:
     """Every check with what was seen: ``check``, ``ok``, ``seen``. A failed check does not stop the later ones it allows.
 
-    Raises :class:`CheckpointError` where there is no checkpoint at all.
+    Raises :class:`CheckpointError` where there is no checkpoint at all. ``source`` may be a GGUF file too.
     """
+    if source.endswith(SUFFIX):
+        return _gguf(Path(source))
     root = folders(source, allow_pickle=allow_pickle)[0]
     try:
         checkpoint = Checkpoint.open(source, allow_pickle=allow_pickle)
@@ -54,6 +57,20 @@ def verify(source: str, *, trust_remote_code: bool = False, allow_pickle: bool =
         except WeightworksError as error:
             checks.append(_check("model", False, str(error)))
     return checks
+
+
+def _gguf(path: Path) -> list[dict[str, Any]]:
+    """Whether the header is sound, and every tensor, decoded by the ``gguf`` package, finite."""
+    try:
+        file = read_gguf(path)
+    except WeightworksError as error:
+        return [_check("files", False, str(error))]
+    sound = _check("files", True, f"the header fits the file: {file.architecture}, {len(file.tensors)} tensors")
+    for tensor in file.tensors.values():
+        for rows in decoded(file, tensor):
+            if not bool(torch.isfinite(rows).all()):
+                return [sound, _check("values", False, f"tensor '{tensor.name}' holds NaN or infinite values")]
+    return [sound, _check("values", True, f"{len(file.tensors)} tensors decoded, no NaN, no infinity")]
 
 
 def _check(name: str, ok: bool, seen: str) -> dict[str, Any]:

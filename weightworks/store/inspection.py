@@ -4,18 +4,28 @@ from __future__ import annotations
 
 import math
 import re
+from pathlib import Path
 from typing import Any
 
+from weightworks.errors import UsageError
 from weightworks.store.adapted import AdaptedCheckpoint
 from weightworks.store.checkpoint import Checkpoint
 from weightworks.store.dense import DenseView
+from weightworks.store.gguffile import SUFFIX, GgufFile, read_gguf
 from weightworks.store.manifest import read_provenance, understood
 from weightworks.store.packing import told
 from weightworks.store.tensorfile import DTYPE_NAMES
 
 
 def inspect(source: str, *, sparsity: bool = False, allow_pickle: bool = False) -> dict[str, Any]:
-    """Facts about a checkpoint: ``tensors`` one by one, ``groups`` of alike ones (``layers.*.mlp.up_proj``), ``lineage``."""
+    """Facts about a checkpoint: ``tensors`` one by one, ``groups`` of alike ones (``layers.*.mlp.up_proj``), ``lineage``.
+
+    ``source`` may be a GGUF file too.
+    """
+    if source.endswith(SUFFIX):
+        if sparsity:
+            raise UsageError("--sparsity counts zeros of checkpoint folders, not of GGUF files")
+        return _inspect_gguf(read_gguf(Path(source)))
     checkpoint = Checkpoint.open(source, allow_pickle=allow_pickle)
     view = DenseView(checkpoint)
     tensors = [_row(view, name, sparsity) for name in view.names]
@@ -39,6 +49,32 @@ def inspect(source: str, *, sparsity: bool = False, allow_pickle: bool = False) 
 
 def _listed(value: Any) -> list[Any]:
     return value if isinstance(value, list) else []
+
+
+def _inspect_gguf(file: GgufFile) -> dict[str, Any]:
+    tensors: list[dict[str, Any]] = []
+    for tensor in file.tensors.values():
+        shape, elements = "x".join(map(str, tensor.shape)), math.prod(tensor.shape)
+        row = {"name": tensor.name, "count": 1, "shape": shape, "elements": elements, "stored": tensor.kind}
+        tensors.append({**row, "bits": round(8 * tensor.nbytes / max(elements, 1), 3), "bytes": tensor.nbytes})
+    parameters, nbytes = sum(row["elements"] for row in tensors), sum(row["bytes"] for row in tensors)
+    return {
+        "model": str(file.path),
+        "architecture": file.architecture,
+        "parameters": f"{parameters:,}",
+        "bytes": f"{nbytes:,}",
+        "bits_a_parameter": round(8 * nbytes / max(parameters, 1), 3),
+        "format": f"gguf, {', '.join(sorted({tensor.kind for tensor in file.tensors.values()}))}",
+        "files": [file.path.name],
+        "remarks": file.metadata.get("weightworks.remarks", []),
+        "metadata": {
+            key: value if not isinstance(value, list) or len(value) <= 8 else f"{len(value)} values"
+            for key, value in file.metadata.items()
+        },
+        "tensors": tensors,
+        "groups": _groups(tensors),
+        "lineage": [],
+    }
 
 
 def adapted(checkpoint: Checkpoint) -> dict[str, Any]:

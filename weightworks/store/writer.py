@@ -25,7 +25,7 @@ import xxhash
 from weightworks.errors import MethodError, OutputError, VerificationError
 from weightworks.store.checkpoint import INDEX, SINGLE, Checkpoint
 from weightworks.store.journal import JOURNAL, difference, read_journal
-from weightworks.store.shards import file_bytes, plan_shards
+from weightworks.store.shards import plan_shards
 from weightworks.store.tensorfile import TensorInfo, TensorSpec, build_header, read_bytes, write_bytes
 
 READ_BYTES = 1 << 20  # read back at a time: both digests find them in the processor's cache
@@ -61,7 +61,8 @@ class CheckpointWriter:
     ``identity`` says what is being made. A staging folder of the same identity is continued (unless ``resume`` is off),
     one of another identity is refused. ``steps`` holds the facts of every step the journal already has. ``side`` are files
     of tensors that are no weights of the model, by file name; the index does not name them. Without ``specs`` there are
-    no others. ``metadata`` is what every file says of itself.
+    no others. ``metadata`` is what every file says of itself. ``openings`` are the bytes before the first tensor of side files
+    in another layout than safetensors; their tensors follow in the order given.
     """
 
     def __init__(
@@ -75,6 +76,7 @@ class CheckpointWriter:
         resume: bool = True,
         side: Mapping[str, Sequence[TensorSpec]] | None = None,
         metadata: Mapping[str, str] | None = None,
+        openings: Mapping[str, bytes] | None = None,
     ) -> None:
         check_target(target, overwrite=overwrite)
         self.target = target if target.name not in ("", "..") else target.resolve()
@@ -82,11 +84,11 @@ class CheckpointWriter:
         planned = list(specs)
         self.shards = plan_shards(planned, max_shard_bytes) if planned else {}  # an adapter has side files only
         self.side = {file: list(members) for file, members in (side or {}).items()}
-        self.metadata = dict(metadata or {})
+        self.metadata, self.openings = dict(metadata or {}), dict(openings or {})
         self.tensors: dict[str, TensorInfo] = {}
         headers: dict[str, bytes] = {}
         for shard, members in self.files.items():
-            headers[shard], infos = build_header(members, shard, self.metadata)
+            headers[shard], infos = self._header(members, shard)
             self.tensors.update((info.name, info) for info in infos)
         self.watched: Sequence[Watched] = ()  # what is read; a step is only done if it did not change meanwhile
         self.digests: dict[str, str] = {}
@@ -139,10 +141,24 @@ class CheckpointWriter:
         if not records:
             self._append(first)
 
+    def _header(self, specs: Sequence[TensorSpec], file: str) -> tuple[bytes, list[TensorInfo]]:
+        """The bytes before the first tensor of ``file``, and the places of its tensors."""
+        if file not in self.openings:
+            return build_header(specs, file, self.metadata)
+        infos, place = [], len(self.openings[file])
+        for spec in specs:
+            infos.append(TensorInfo(spec.name, spec.shape, spec.dtype, spec.nbytes, file, place))
+            place += spec.nbytes
+        return self.openings[file], infos
+
     def _discard(self, *, everything: bool) -> None:
         """Empty the staging folder: of shards that no journal speaks for, or of everything but the lock."""
         for path in self.staging.iterdir():
-            if path.suffix == ".safetensors" or path.name in (INDEX, "scratch") or (everything and path.name != "lock"):
+            if (
+                path.suffix in (".safetensors", ".gguf")
+                or path.name in (INDEX, "scratch")
+                or (everything and path.name != "lock")
+            ):
                 remove(path)
 
     def _reserve(self, shard: str, header: bytes) -> None:
@@ -164,7 +180,7 @@ class CheckpointWriter:
         again = LAID_OUT in self.steps
         self.shards = plan_shards(list(specs), max_shard_bytes)
         for shard, members in self.shards.items():
-            header, infos = build_header(members, shard, self.metadata)
+            header, infos = self._header(members, shard)
             self.tensors.update((info.name, info) for info in infos)
             if again:
                 self._files[shard] = os.open(self.staging / shard, os.O_RDWR)
@@ -177,7 +193,7 @@ class CheckpointWriter:
     def add(self, file: str, specs: Sequence[TensorSpec]) -> None:
         """Plan and reserve one more side file, of tensors whose shapes the work itself has found out."""
         self.side[file] = list(specs)
-        header, infos = build_header(specs, file, self.metadata)
+        header, infos = self._header(specs, file)
         self.tensors.update((info.name, info) for info in infos)
         with writing(self.staging / file):
             self._reserve(file, header)
@@ -197,7 +213,10 @@ class CheckpointWriter:
     @property
     def nbytes(self) -> int:
         """Bytes of all weight files, headers included: exact, known before any work."""
-        return sum(file_bytes(members, shard, self.metadata) for shard, members in self.files.items())
+        return sum(
+            len(self._header(members, shard)[0]) + sum(spec.nbytes for spec in members)
+            for shard, members in self.files.items()
+        )
 
     def put(self, name: str, tensor: torch.Tensor) -> None:
         """Write one tensor. Its shape and dtype must be the planned ones, its values finite."""
@@ -302,7 +321,7 @@ class CheckpointWriter:
         return digests
 
     def _read_shard(self, shard: str, infos: list[TensorInfo]) -> str:
-        path, header = self.staging / shard, build_header(self.files[shard], shard, self.metadata)[0]
+        path, header = self.staging / shard, self._header(self.files[shard], shard)[0]
         whole, hint = (
             hashlib.sha256(header),
             "the disk or its cache is faulty; the staging folder is left for inspection",

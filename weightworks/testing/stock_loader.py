@@ -4,7 +4,8 @@
 
 Run by :mod:`weightworks.testing.stored`, with the interpreter of whatever environment has the packages a format needs.
 JOBS holds ``tokens`` (windows of one length), ``out`` (a folder for NAME.safetensors with ``logits``) and ``folders``:
-name -> ``path``, ``dequantize`` and ``dtype``. The last line printed is JSON: ``versions`` of what took part, and by name the
+name -> ``path``, ``dequantize`` and ``dtype``, of GGUF files also ``gguf_file`` (its name in the folder) and perhaps ``config``
+(a folder whose configuration it is loaded with). The last line printed is JSON: ``versions`` of what took part, and by name the
 ``kernel``, the class that multiplies with packed weights, or the ``error``.
 """
 
@@ -18,7 +19,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, CompressedTensorsConfig, GPTQConfig
+from transformers import AutoConfig, AutoModelForCausalLM, CompressedTensorsConfig, GPTQConfig
 
 PACKAGES = ("torch", "transformers", "compressed-tensors", "optimum", "gptqmodel")
 
@@ -34,6 +35,13 @@ def run(path: str, tokens: torch.Tensor, *, dequantize: bool, dtype: str) -> tup
         model(tokens)
         torch.nn.Module.float(model)  # the model's own refuses: weights are said to be of their dtype
     return model(tokens).logits.float().contiguous(), kernel(model)
+
+
+def run_gguf(path: str, tokens: torch.Tensor, file: str, config: str | None) -> tuple[torch.Tensor, str]:
+    """The same of a GGUF file in the folder; by the configuration in it, or that of another folder."""
+    options = {} if config is None else {"config": AutoConfig.from_pretrained(config)}
+    model = AutoModelForCausalLM.from_pretrained(path, gguf_file=file, dtype=torch.float32, **options)
+    return model(tokens).logits.contiguous(), kernel(model)
 
 
 def run_by_torch(path: str, tokens: torch.Tensor) -> tuple[torch.Tensor, str]:
@@ -70,7 +78,10 @@ def main() -> None:
     for name, folder in jobs["folders"].items():
         try:
             try:
-                logits, by = run(folder["path"], tokens, dequantize=folder["dequantize"], dtype=folder["dtype"])
+                if "gguf_file" in folder:
+                    logits, by = run_gguf(folder["path"], tokens, folder["gguf_file"], folder.get("config"))
+                else:
+                    logits, by = run(folder["path"], tokens, dequantize=folder["dequantize"], dtype=folder["dtype"])
             except RuntimeError as error:
                 if "qGroupSize" not in str(error):
                     raise

@@ -66,14 +66,14 @@ def stored_logits(model: nn.Module, folder: Path, tokens: torch.Tensor, *, dequa
 def load_apart(
     python: str | Path, folders: Mapping[str, tuple[Path, Mapping[str, Any]]], tokens: torch.Tensor, work: Path
 ) -> tuple[dict[str, Loaded], dict[str, str]]:
-    """Load ``folders`` (path, and ``dequantize`` and ``dtype`` as provenance says under ``checks``) in one fresh process of
-    ``python`` that has nothing of this project.
+    """Load ``folders`` (path, and ``dequantize`` and ``dtype`` as provenance says under ``checks``; of GGUF files ``gguf_file``)
+    in one fresh process of ``python`` that has nothing of this project.
 
     Returns what became of each by name, and the versions of the packages that loaded them. ``work`` takes the logits.
     """
     jobs = work / "jobs.json"
     listed = {
-        name: {"path": str(path), "dequantize": checks["dequantize"], "dtype": checks.get("dtype", "float32")}
+        name: {"dequantize": False, "dtype": "float32", **checks, "path": str(path)}
         for name, (path, checks) in folders.items()
     }
     jobs.write_text(json.dumps({"tokens": tokens.tolist(), "out": str(work), "folders": listed}))
