@@ -25,7 +25,9 @@ PROBE_WINDOWS, PROBE_LENGTH = 4, 256  # the check text: enough to tell a broken 
 def calibrate(job: Job | ReduceJob) -> Calibration:
     """The job's calibration windows, as its settings ask for them."""
     count = job.settings.num_samples or CALIBRATION_WINDOWS
-    judged = isinstance(job, Job) and job.tweak is not None
+    judged = isinstance(job, Job) and (
+        job.tweak is not None or (job.budget is not None and job.budget.increase is not None)
+    )
     return read_windows(job, count, max(1, count // HELD_OUT) if judged else 0)
 
 

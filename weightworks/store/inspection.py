@@ -13,7 +13,7 @@ from weightworks.store.checkpoint import Checkpoint
 from weightworks.store.dense import DenseView
 from weightworks.store.gguffile import SUFFIX, GgufFile, read_gguf
 from weightworks.store.manifest import read_provenance, understood
-from weightworks.store.packing import told
+from weightworks.store.mixed import in_words
 from weightworks.store.tensorfile import DTYPE_NAMES
 
 
@@ -38,17 +38,15 @@ def inspect(source: str, *, sparsity: bool = False, allow_pickle: bool = False) 
         "parameters": f"{parameters:,}",
         "bytes": f"{checkpoint.nbytes:,}",
         "bits_a_parameter": round(8 * checkpoint.nbytes / max(parameters, 1), 3),
-        "format": "dense" if view.format is None or view.scheme is None else f"{view.format.name}, {told(view.scheme)}",
+        "format": "dense"
+        if view.format is None or view.scheme is None
+        else f"{view.format.name}, {in_words(view.scheme)}",
         "files": sorted({info.shard for info in checkpoint.tensors.values()}),
         **adapted(checkpoint),
         "tensors": tensors,
         "groups": _groups(tensors),
         "lineage": stages,
     }
-
-
-def _listed(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else []
 
 
 def _inspect_gguf(file: GgufFile) -> dict[str, Any]:
@@ -75,6 +73,10 @@ def _inspect_gguf(file: GgufFile) -> dict[str, Any]:
         "groups": _groups(tensors),
         "lineage": [],
     }
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
 
 
 def adapted(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -116,12 +118,10 @@ def lineage(provenance: dict[str, Any] | None) -> list[dict[str, Any]]:
 def _row(view: DenseView, name: str, sparsity: bool) -> dict[str, Any]:
     shape = view.shape(name)
     elements = math.prod(shape)
-    if view.format is not None and view.scheme is not None and view.is_packed(name):
+    if (format_ := view.format_of(name)) is not None and (scheme := view.scheme_of(name)) is not None:
         base = name.removesuffix(".weight")
-        parts = [
-            view.tensors[f"{base}.{suffix}"] for suffix in view.format.suffixes if f"{base}.{suffix}" in view.tensors
-        ]
-        size, stored = sum(part.nbytes for part in parts), f"{view.scheme.code} codes"
+        parts = [view.tensors[f"{base}.{suffix}"] for suffix in format_.suffixes if f"{base}.{suffix}" in view.tensors]
+        size, stored = sum(part.nbytes for part in parts), f"{scheme.code} codes"
     else:
         size, stored = view.tensors[name].nbytes, DTYPE_NAMES[view.tensors[name].dtype]
     row = {
