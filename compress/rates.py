@@ -19,7 +19,7 @@ SCHEDULES = (
     "llr: linear from lr to 0; clr: cosine; allr: llr from lr times the norm that pruning took away, against what a random "
     "choice would; ft: constant; lrw: the end of the original schedule; slr: all of it, compressed (these two need lr_history)"
 )
-MOST_STEPS = 10_000_000  # of an earlier training
+MOST_STEPS = 2_000_000  # of an earlier training
 WARM = ("slr", "clr", "llr", "allr")
 
 

@@ -25,8 +25,10 @@ def search(name: str, inputs: int, seed: int, home: Path, keep: Path) -> None:
     import atheris
 
     with atheris.instrument_imports(include=PACKAGES):
+        import hostile
         from hostile import Workshop, spoiled
 
+        hostile.SECONDS = 120  # coverage makes loops many times slower
         workshop = Workshop(home / "home")
     target = workshop.targets[name]
     corpus = home / "corpus"
@@ -46,7 +48,7 @@ def search(name: str, inputs: int, seed: int, home: Path, keep: Path) -> None:
         f"-seed={seed}",
         "-max_len=20000",
         "-rss_limit_mb=4096",
-        "-timeout=30",
+        "-timeout=150",
         "-len_control=0",
     ]
     words += [f"-artifact_prefix={keep}/{name}-", "-print_final_stats=1", "-verbosity=1", str(corpus)]

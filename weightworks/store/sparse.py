@@ -80,6 +80,9 @@ def export(
     if masks is not None:
         side[PREFIX + MASKS] = [_header_spec(masks.path)]
     before = {file: file_digest(checkpoint.root / file) for file in [*files, *([MASKS] if masks else [])]}
+    if not overwrite and (done := _made_of(target, before)) is not None:
+        say(f"already done: {target} was made of this very checkpoint and is intact")
+        return done
     writer = CheckpointWriter(
         target,
         [],
@@ -112,6 +115,9 @@ def densify(source: str, target: Path, *, overwrite: bool = False, say: Say = la
     """
     root = Path(source)
     manifest = read_manifest(root)
+    if not overwrite and _holds(target, manifest["files"]):
+        say(f"already done: {target} holds these very files")
+        return manifest
     check_target(target, overwrite=overwrite)
     staging = staging_of(target.absolute())
     with writing(staging):
@@ -132,6 +138,19 @@ def densify(source: str, target: Path, *, overwrite: bool = False, say: Say = la
         else:
             staging.rename(target)
     return manifest
+
+
+def _made_of(target: Path, files: Mapping[str, str]) -> dict[str, Any] | None:
+    """The manifest of an export of ``files`` that lies at ``target``, intact; None if there is none."""
+    try:
+        manifest = read_manifest(target)
+    except CheckpointError:
+        return None
+    return manifest if manifest["files"] == files else None
+
+
+def _holds(target: Path, files: Mapping[str, str]) -> bool:
+    return all((target / name).is_file() and file_digest(target / name) == digest for name, digest in files.items())
 
 
 def read_manifest(root: Path) -> dict[str, Any]:
