@@ -90,14 +90,18 @@ class Grid:
         return scale, zero
 
     def _candidates(self, low: torch.Tensor, high: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Scales, as stored, and zero points worth trying for the range ``low`` <= 0 <= ``high``."""
+        """Scales, as stored, and zero points worth trying for the range ``low`` <= 0 <= ``high``, and narrower ones."""
         steps = round((1 - CLIP_FLOOR) * CLIP_STEPS) if self.clip else 1
-        for shrink in (1 - step / CLIP_STEPS for step in range(steps)):
-            scale, zero = self.from_range(low * shrink, high * shrink)
-            if self.signed and self.scheme.symmetric:
-                yield self.stored(torch.where(-low >= high, low, high) * (-shrink / self.scheme.midpoint)), zero
-                yield -scale, zero
-            yield scale, zero
+        for step in range(steps):
+            yield from self.of_range(low * (1 - step / CLIP_STEPS), high * (1 - step / CLIP_STEPS))
+
+    def of_range(self, low: torch.Tensor, high: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Those of one range."""
+        scale, zero = self.from_range(low, high)
+        if self.signed and self.scheme.symmetric:
+            yield self.stored(torch.where(-low >= high, low, high) / -self.scheme.midpoint), zero
+            yield -scale, zero
+        yield scale, zero
 
     def from_range(self, low: torch.Tensor, high: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The conventional scale, as stored, and zero point of the range ``low`` <= 0 <= ``high``."""

@@ -24,6 +24,48 @@ class Hessian(gram.Gram):
         return self.mean(2.0)
 
 
+class Drifted(Hessian):
+    """H of the inputs X of a rounded model, and D = (2/n) (X0 - X)' X [in, in], X0 being those of the unchanged one.
+
+    ``unpaired`` counts the inputs that came without their pair and are in H alone.
+    """
+
+    def __init__(self, columns: int, device: torch.device | str = "cpu") -> None:
+        super().__init__(columns, device)
+        self.drift = torch.zeros_like(self.matrix)
+        self.unpaired = 0
+
+    def add(self, inputs: torch.Tensor, unrounded: torch.Tensor | None = None) -> None:
+        """Add a batch of inputs [tokens, in] and what the unchanged model makes of the same tokens."""
+        dropped = self.dropped
+        if unrounded is not None and not torch.isfinite(unrounded).all():
+            self.dropped += len(inputs)
+            return
+        super().add(inputs)
+        if self.dropped > dropped:
+            return
+        if unrounded is None:
+            self.unpaired += len(inputs)
+            return
+        x = inputs.to(self.drift)
+        self.drift.addmm_((unrounded.to(x) - x).T, x)
+
+    def finish_drift(self) -> torch.Tensor:
+        """D [in, in]. The storage is this object's own, which ends with it."""
+        drift, self.drift = self.drift, torch.empty(0)
+        return drift.mul_(2 / max(self.tokens, 1))
+
+
+def drift(pairs: torch.Tensor, lower: torch.Tensor, order: torch.Tensor, share: float) -> torch.Tensor:
+    """P = share triu(D L, 1) L' [in, in], strictly upper, both in sweep ``order`` [in]; D is ``pairs``, which is used up.
+
+    Li et al., "GPTAQ: Efficient Finetuning-Free Quantization for Asymmetric Calibration" (arXiv:2504.02692): once column j is
+    fixed, w_j (X0 - X)_j is an error of the output that the columns after j can still make up for, and w_j P_j is how.
+    """
+    permute_(pairs, order)
+    return (pairs @ lower).triu_(1).mul_(share) @ lower.T
+
+
 @dataclass
 class Factor:
     """The lower Cholesky factor L [in, in] of the damped inverse, ``inv(H + damping) = L L'``, and what it took.

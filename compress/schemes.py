@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, Self
 import torch
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
+from compress.codebooks import LEVELS, BookGrid, BookScheme
 from compress.floatgrid import FloatGrid
 from compress.grids import AnyGrid, Grid
 from compress.norms import NormOptions
@@ -25,6 +26,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "W3A16": {"bits": 3, "group_size": 64, "sym": True},
     "W2A16": {"bits": 2, "group_size": 32, "sym": True},
 }
+AnyScheme = IntScheme | FloatScheme | BookScheme
 FP8 = FloatScheme("E4M3", -1, inputs=InputScheme("E4M3"))
 MXFP8 = FloatScheme("E4M3", 32, "E8M0")
 MXFP4 = FloatScheme("E2M1", 32, "E8M0")
@@ -44,6 +46,7 @@ HARDWARE: dict[str, IntScheme | FloatScheme] = {  # llm-compressor's names; its 
 AnyName = Literal[
     "W4A16", "W4A16_ASYM", "W8A16", "W3A16", "W2A16",
     "W8A8", "FP8", "FP8_DYNAMIC", "FP8_BLOCK", "MXFP8", "MXFP8A16", "MXFP4", "MXFP4A16", "NVFP4", "NVFP4A16",
+    "NF4", "FP4", "SHIFT4",
 ]  # fmt: skip
 PRESETS |= {
     name: {"bits": scheme.bits, "group_size": scheme.group_size, "sym": True} for name, scheme in HARDWARE.items()
@@ -84,6 +87,9 @@ class LowBitOptions(Options):
     def _expand(cls, values: dict[str, Any]) -> dict[str, Any]:
         scheme = values.get("scheme")
         preset = PRESETS.get(scheme, {}) if isinstance(scheme, str) else {}
+        if scheme in LEVELS:  # not a set of other options but a grid of its own
+            values = {"format": "dense", "group_size": 64, **values}
+            preset = {"bits": 4, "sym": True}
         for key, value in preset.items():
             if values.get(key, value) != value:
                 raise ValueError(
@@ -122,7 +128,17 @@ class IntegerOptions(LowBitOptions):
     )
 
 
-class GridOptions(NormOptions, LowBitOptions):
+class StepOptions(NormOptions):
+    """Steps before and after a quantizer, whichever it is."""
+
+    rotate: bool = Field(
+        False,
+        description="turn the residual stream and the values of heads into a random Hadamard basis first, so that no channel "
+        "is far larger than others; for models with RMS norms, whose gains are folded into weights",
+    )
+
+
+class GridOptions(StepOptions, LowBitOptions):
     """Options of quantizers that round to hardware formats too, and may be followed by a tuning of norms."""
 
     scheme: AnyName | None = Field(None, description="preset for bits, group size and symmetry, or a hardware format")
@@ -139,19 +155,25 @@ class GridOptions(NormOptions, LowBitOptions):
     def _useful(self) -> Self:
         if self.clip == "on" and self.scheme in HARDWARE and self.bits == 8:
             raise ValueError(f"clip = on is of no use with scheme {self.scheme}: 8 bits have room for every range")
+        if self.scheme in LEVELS and self.format != "dense":
+            raise ValueError(f"no container has the levels of scheme {self.scheme}: use format dense")
         if self.format.startswith("gptq") and self.scheme in HARDWARE:
             raise ValueError(f"format {self.format} cannot hold scheme {self.scheme}; use compressed-tensors or dense")
         return self
 
-    def any_scheme(self, *, reordered: bool = False) -> IntScheme | FloatScheme:
+    def any_scheme(self, *, reordered: bool = False) -> AnyScheme:
         """How weights are quantized."""
+        if self.scheme in LEVELS:
+            return BookScheme(str(self.scheme), self.group_size)
         return HARDWARE.get(self.scheme or "") or self.int_scheme(reordered=reordered)
 
-    def grid(self, scheme: IntScheme | FloatScheme, target: Target, top: torch.Tensor, inputs: torch.Tensor) -> AnyGrid:
+    def grid(self, scheme: AnyScheme, target: Target, top: torch.Tensor, inputs: torch.Tensor) -> AnyGrid:
         """The grid of weights whose largest magnitude is ``top`` and whose inputs' is ``inputs``, both 0-dimensional."""
         if isinstance(scheme, IntScheme):
             signed = scheme.inputs is None  # engines with integer products may take scales for positive
             return Grid(scheme, target.scale_dtype, target.min_zero, signed=signed, clip=self.clips)
+        if isinstance(scheme, BookScheme):
+            return BookGrid(scheme, target.scale_dtype, clip=self.clips)
         local = scheme.scales == "E4M3"
         return FloatGrid(
             scheme,

@@ -41,11 +41,14 @@ def block_size(multiple: int) -> int:
     return BLOCK if multiple % BLOCK == 0 else multiple * max(1, BLOCK // multiple)
 
 
-def sweep(weight: torch.Tensor, lower: torch.Tensor, rule: Rule, *, block: int) -> torch.Tensor:
+def sweep(
+    weight: torch.Tensor, lower: torch.Tensor, rule: Rule, *, block: int, drift: torch.Tensor | None = None
+) -> torch.Tensor:
     """The loss by row [out], tr(E H E'), of replacing ``weight`` [in, out], W's columns as rows, as ``rule`` says.
 
-    ``lower`` is L [in, in], inv(H) = L L', rows and columns in sweep order. Afterwards row j of ``weight`` is column j
-    as it was when the sweep reached it.
+    ``lower`` is L [in, in], inv(H) = L L', rows and columns in sweep order. Row j of ``drift`` [in, in], above the diagonal,
+    is how much of column j the later ones take over whatever replaces it; see :func:`compress.hessian.drift`. Afterwards
+    row j of ``weight`` is column j as it was when the sweep reached it.
     """
     loss = torch.zeros(weight.shape[1], device=weight.device)
     for start in range(0, weight.shape[0], block):
@@ -57,7 +60,11 @@ def sweep(weight: torch.Tensor, lower: torch.Tensor, rule: Rule, *, block: int) 
             reach, value = corner[j - start, j - start :], rule.column(j, weight[j:])
             error = torch.div(value.sub_(weight[j]), -reach[0], out=errors[j - start])
             weight[j + 1 : stop].addr_(reach[1:], error, alpha=-1)
+            if drift is not None:
+                weight[j + 1 : stop].addr_(drift[j, j + 1 : stop], weight[j])
         weight[stop:].addmm_(lower[stop:, start:stop], errors, alpha=-1)
+        if drift is not None:
+            weight[stop:].addmm_(drift[start:stop, stop:].T, weight[start:stop])
         loss += errors.square_().sum(0)
     return loss
 

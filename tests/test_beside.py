@@ -55,18 +55,23 @@ def test_the_output_is_an_adapter_and_says_what_it_is_worth(beside: Path, sparse
 
 
 @torch.no_grad()
-def test_model_and_adapter_are_what_was_trained(beside: Path, sparse: Path) -> None:
-    """The sum of checkpoint and adapter, made by our reader, has the perplexity the run reports of its own weights."""
+def perplexity_of(source: str, folder: Path) -> float:
+    """The perplexity of a checkpoint or sum, read by our reader, on the check text that runs report."""
     from weightworks.engine.finish import prove_written, stream_perplexity
     from weightworks.plan.texts import check_windows
     from weightworks.stream.skeleton import build
 
-    total = DenseView(Checkpoint.open(f"{sparse}+{beside}"))
-    run: Any = SimpleNamespace(device=torch.device("cpu"), target=sparse, skeleton=build(total))
+    total = DenseView(Checkpoint.open(source))
+    run: Any = SimpleNamespace(device=torch.device("cpu"), target=folder, skeleton=build(total))
     probe = check_windows(total.checkpoint, run.skeleton, trust_remote_code=False)
     run.returns_tuple = prove_written(run, total, probe)
+    return stream_perplexity(run, total, probe)
+
+
+def test_model_and_adapter_are_what_was_trained(beside: Path, sparse: Path) -> None:
+    """The sum of checkpoint and adapter has the perplexity the run reports of its own weights."""
     facts = json.loads((beside / "provenance.json").read_text())
-    assert stream_perplexity(run, total, probe) == pytest.approx(facts["quality"]["result"], rel=1e-3)
+    assert perplexity_of(f"{sparse}+{beside}", sparse) == pytest.approx(facts["quality"]["result"], rel=1e-3)
 
 
 def test_a_sum_with_a_sparse_model_is_refused_where_it_would_be_written(
@@ -100,6 +105,15 @@ def test_on_a_quantized_base(small: Path, tmp_path: Path) -> None:
         assert view.is_packed(f"{module}.weight")
         assert pair.shape == view.shape(f"{module}.weight")
     assert Checkpoint.open(f"{small}+{outcome.target}").tensors  # its layout is that of any adapter
+    total, module = Checkpoint.open(f"{base}+{outcome.target}"), next(iter(adapter.pairs))
+    assert total.remarks[0].endswith("is quantized (4 bits): its weights are decoded")
+    a, b = adapter.factors(module)
+    expected = view.read(f"{module}.weight") + adapter.pairs[module].scaling * b @ a
+    assert torch.allclose(total.read(f"{module}.weight", torch.float32), expected, atol=1e-6)
+    assert torch.equal(total.read_rows(f"{module}.weight", 3, 9), total.read(f"{module}.weight")[3:9])
+    assert perplexity_of(f"{base}+{outcome.target}", base) == pytest.approx(
+        outcome.provenance["quality"]["result"], rel=1e-3
+    )
     with pytest.raises(MethodError, match="is already quantized"):
         recover(base, **{**QUICK, "adapter": "mask_lora"}, output_dir=tmp_path / "no")
 

@@ -88,7 +88,9 @@ def test_same_seed_same_bytes(made: Made, compress: Commands, tiny_llama: Path, 
 def test_every_linear_of_the_blocks_is_changed_and_nothing_else(made: Made) -> None:
     linears = {name for name in made.source.tensors if re.search(r"layers\.\d+\.(mlp|self_attn)\.", name)}
     assert made.changed == linears
-    for name in made.source.tensors.keys() - linears:
+    rescaled = made.provenance.get("smoothing", {}).get("rescaled", [])
+    assert all(name.endswith("layernorm.weight") for name in rescaled)
+    for name in made.source.tensors.keys() - linears - {*rescaled}:
         assert made.result.checkpoint.info(name).dtype == made.source.info(name).dtype
         assert torch.equal(
             made.result.read(name).view(torch.int16), made.source.read(name).view(torch.int16)
@@ -108,7 +110,8 @@ def test_report_has_figures_of_every_tensor(made: Made) -> None:
         assert row["method"] == made.entry.label
         assert row["shape"] == list(made.source.info(row["tensor"]).shape)
         assert row["bytes_in"] == made.source.info(row["tensor"]).nbytes
-        assert 0 < row["bytes_out"] < row["bytes_in"] / 3
+        dense = made.result.format is None  # of a method that no container holds
+        assert 0 < row["bytes_out"] < row["bytes_in"] / 3 or (dense and row["bytes_out"] == row["bytes_in"])
         errors = [value for key, value in row.items() if key.startswith("relative_")]
         assert errors
         assert all(0 < value < 0.1 for value in errors)

@@ -12,6 +12,7 @@ import torch
 from architectures import ARCHITECTURES
 
 from compress import prune as pruned
+from compress.prune._activate import without_still
 from compress.prune.imp import Method, Options, prune
 from weightworks.errors import MethodError
 from weightworks.store.checkpoint import Checkpoint
@@ -99,6 +100,42 @@ def test_masks_only_narrow_and_end_at_the_count(model: Whole, scope: str, path: 
     assert (
         gone == sum(round(0.7 * mask.numel()) for mask in after.values()) if scope != "global" else round(0.7 * total)
     )
+
+
+def test_negative_weights_that_stayed_go_first() -> None:
+    weight = torch.tensor([[-1.0, -2.0, 3.0, -4.0], [0.5, 0.25, -5.0, -6.0]])
+    start = torch.tensor([[-1.5, -2.0, 3.0, -4.1], [0.5, 0.25, -9.0, -6.0]])
+    mask = torch.ones(2, 4, dtype=torch.bool)
+    mask[1, 3] = False
+    gone = [~without_still(mask, weight, start, count) & mask for count in (1, 2, 5)]
+    assert gone[0].nonzero().tolist() == [[0, 1]]  # not moved at all, and negative
+    assert gone[1].nonzero().tolist() == [[0, 1], [0, 3]]
+    assert gone[2].nonzero().tolist() == [
+        [0, 0],
+        [0, 1],
+        [0, 3],
+        [1, 1],
+        [1, 2],
+    ]  # four are negative; then the smallest
+
+
+def test_activating_while_pruning(tmp_path: Path, small: Path) -> None:
+    """Counts are those of any run, masks are others, and fewer negative weights are left where ReLU follows."""
+    source = ARCHITECTURES["opt"].save(tmp_path / "opt")
+    runs = [
+        pruned(source, **QUICK, sparsity=0.7, rounds=3, lr=1e-2, activate=share, output_dir=tmp_path / f"out-{share}")
+        for share in (0.0, 0.3)
+    ]
+    tables = [one.provenance["training"]["rounds"] for one in runs if one.provenance is not None]
+    for plain, activated in zip(*tables, strict=True):
+        assert plain["begun"]["kept_by_tensor"] == activated["begun"]["kept_by_tensor"]
+    assert tables[0][0]["begun"]["masks"] == tables[1][0]["begun"]["masks"]  # in the first round nothing has moved
+    assert tables[0][1]["begun"]["masks"] != tables[1][1]["begun"]["masks"]
+    views = [DenseView(Checkpoint.open(one.target)) for one in runs]
+    negative = [sum(int((view.read(name) < 0).sum()) for name in view.names if "fc1.weight" in name) for view in views]
+    assert negative[1] < negative[0]
+    with pytest.raises(MethodError, match=r"activate is for models with ReLU.*hidden_act = silu"):
+        pruned(small, **QUICK, sparsity=0.5, activate=0.1, output_dir=tmp_path / "no")
 
 
 def test_equal_weights_are_pruned_by_index(model: Whole) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from merges import assert_golden, golden, method, model, one, zeros
@@ -22,6 +24,16 @@ METHODS = (merge.breadcrumbs, merge.dare, merge.della)
 def test_they_are_on_the_shelf() -> None:
     for module in METHODS:
         assert isinstance(method(module.__name__.removeprefix("merge.")), module.Method)
+
+
+@pytest.mark.parametrize("start", [0, 3, 40])
+def test_random_numbers_are_those_of_philox_at_their_places(start: int) -> None:
+    """Whichever rows are asked for, and whatever numpy's generators make of the raw numbers in another version."""
+    slab = Slab("w", (64, 5), start, (torch.zeros(6, 5),), None, ("model",), 7)
+    key = hashlib.sha256(b"7\0w\0model").digest()[:16]
+    raw = numpy.random.Philox(key=int.from_bytes(key, "little"), counter=0).random_raw(160).view(numpy.uint32)
+    expected = (raw >> 8).astype(numpy.float32) * numpy.float32(2.0**-24)
+    assert numpy.array_equal(slab.uniform(0).flatten().numpy(), expected[5 * start : 5 * start + 30])
 
 
 @pytest.mark.parametrize(

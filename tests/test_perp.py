@@ -16,6 +16,7 @@ from commands import Commands
 from compress import prune, recover
 from compress.recover import _training
 from compress.recover._adapters import FORMULAS, LowRank
+from compress.recover._principal import Principal
 from compress.recover.perp import Method, Options
 from weightworks.engine.job import Job
 from weightworks.engine.modelwise import whole
@@ -37,6 +38,7 @@ CPU = torch.device("cpu")
 TEXT: dict[str, Any] = {"dataset": str(CALIBRATION_TEXT), "seq_len": 32, "device": "cpu", "dtype": "float32"}
 QUICK: dict[str, Any] = {**TEXT, "steps": 3, "batch_size": 2, "held_out": 2, "lr": 1e-2, "rank": 4}
 KINDS = ("mask_lora", "scale_lora", "spp")
+MERGED = (*KINDS, "lift")
 
 
 Opened = Callable[..., Whole]
@@ -132,6 +134,22 @@ def test_gradients_of_mask_lora_in_closed_form() -> None:
     assert torch.allclose(adapter.A.grad, 2 * adapter.B.T @ (gradient * mask), atol=1e-6)
 
 
+def test_principal_weights_are_the_largest_after_rank_reduction() -> None:
+    """A weak pattern of rank one under large entries that belong to none: magnitudes alone would choose those."""
+    columns = torch.tensor([0.0, 0, 1, 1, 0, 1, 0, 0])
+    weight = 0.5 * torch.outer(torch.ones(6), columns)
+    weight[0, 0], weight[3, 7] = 0.9, -0.9
+    mask = torch.ones(6, 8, dtype=torch.bool)
+    mask[5] = False
+    adapter = Principal(weight * mask, mask, keyed(0, "w"), rank=1, count=15)
+    chosen = torch.zeros(48, dtype=torch.bool)
+    chosen[adapter.get_buffer("places")] = True
+    assert torch.equal(chosen.view(6, 8), (columns > 0) & mask)
+    adapter.added.data.fill_(2.0)
+    assert torch.equal(adapter(weight * mask), weight * mask + 2 * chosen.view(6, 8))
+    assert len(Principal(weight * mask, mask, keyed(0, "w"), rank=1, count=48).added) == 40  # no more than are kept
+
+
 # The model.
 
 
@@ -141,7 +159,7 @@ def logits(model: Any) -> torch.Tensor:
         return model(input_ids=tokens, use_cache=False).logits
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", MERGED)
 def test_merged_model_is_the_adapted_one(opened: Opened, kind: str) -> None:
     model = opened(adapter=kind, rank=4)
     before = logits(model.model)
@@ -169,7 +187,7 @@ def test_lora_that_is_pruned_when_merged_is_another_model(opened: Opened) -> Non
     assert (logits(model.model) - trained).abs().max() > 0.1
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", MERGED)
 def test_zeros_stay_and_patterns_hold(sparse: Path, tmp_path: Path, kind: str) -> None:
     outcome = recover(sparse, **QUICK, adapter=kind, output_dir=tmp_path / "out")
     assert outcome.fallbacks == []
@@ -224,6 +242,18 @@ def test_what_is_trained_is_what_was_asked_for(
     assert outcome.provenance["size"]["kept_weights"] * 2 == outcome.provenance["size"]["masked_weights"]
     facts = outcome.provenance["training"]
     assert facts["trained_parameters"] == sum(facts["rounds"][0]["begun"]["trained"].values())
+
+
+def test_half_of_the_layers_of_each_block_are_trained(sparse: Path, tmp_path: Path) -> None:
+    before, drawn = DenseView(Checkpoint.open(sparse)), []
+    for seed in (0, 1):
+        outcome = recover(sparse, **QUICK, train=["half"], seed=seed, output_dir=tmp_path / f"out-{seed}")
+        after = DenseView(Checkpoint.open(outcome.target))
+        drawn.append({name for name in before.names if not torch.equal(before.read(name), after.read(name))})
+    for changed in drawn:
+        assert [sum(f"layers.{block}." in name for name in changed) for block in (0, 1)] == [3, 4]  # of seven
+        assert all(name.endswith("proj.weight") for name in changed)
+    assert drawn[0] != drawn[1]
 
 
 def test_biases_and_a_head_that_is_the_embedding(tmp_path: Path) -> None:
@@ -308,7 +338,7 @@ def test_a_teacher_of_other_tokens_is_refused(sparse: Path, tiny_llama: Path, tm
     [
         (
             {"train": ["norms"]},
-            "'norms' is no part that can be trained; known: bias, norm, head, adapters, weights, full",
+            "'norms' is no part that can be trained; known: bias, norm, head, adapters, weights, half, full",
         ),
         ({"train": []}, "something must be trained"),
         ({"train": ["weights", "adapters"]}, "by its adapter or by its weights, not by both"),
@@ -324,4 +354,4 @@ def test_what_cannot_be_is_refused(sparse: Path, options: dict[str, Any], text: 
 
 def test_parts_are_named_once_in_their_order() -> None:
     assert Options(train=["adapters,norm", "norm"]).train == ["norm", "adapters"]
-    assert _training.PARTS == ("bias", "norm", "head", "adapters", "weights", "full")
+    assert _training.PARTS == ("bias", "norm", "head", "adapters", "weights", "half", "full")

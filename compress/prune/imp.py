@@ -17,6 +17,7 @@ import torch
 from pydantic import Field, model_validator
 
 from compress.masks import Pattern, Scope, pattern_mask, top_mask
+from compress.prune._activate import refuse_others, without_still
 from compress.prune._global import one_threshold
 from compress.prune._trained import TrainedPruner
 from compress.rates import adapted_top
@@ -57,6 +58,13 @@ class Options(TrainingOptions, AmountOptions):
     scope: Literal["layer", "row", "global"] = Field(
         "layer", description="weights compared with each other: of a layer, a row, or all layers (unstructured only)"
     )
+    activate: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="models with ReLU: share of what a round after the first prunes that are negative weights which training "
+        "has moved least (AP; its authors take 0.1)",
+    )
     min_density: float = Field(0.01, ge=0, le=1, description="share that each layer keeps at least in scope global")
     ignore: Patterns = Field(
         default=[],
@@ -68,6 +76,8 @@ class Options(TrainingOptions, AmountOptions):
     def _fits(self) -> Self:
         if self.scope == "global" and self.n_of_m is not None:
             raise ValueError("scope global shares out by one threshold: no N:M pattern")
+        if self.activate and (self.n_of_m is not None or self.scope == "row"):
+            raise ValueError("activate chooses single weights of a layer: no N:M pattern, no scope row")
         if self.scope == "global" and self.min_density > 1 - self.sparsity:
             raise ValueError(f"min_density = {self.min_density:g} is more than the {1 - self.sparsity:g} that stay")
         if (self.rewind == "step") != (self.rewind_step is not None):
@@ -99,11 +109,14 @@ class Method(TrainedPruner):
 
     def regime(self) -> Regime:
         options = self.options
-        return options.regime(rounds=len(options.densities), remember=options.rewind_step)
+        own = 5 if options.activate else 1  # bytes a weight: its sign, and its value
+        return options.regime(rounds=len(options.densities), remember=options.rewind_step, own=own)
 
     def subset(self, outline: Outline) -> Subset:
         from weightworks.stream.whole import Subset
 
+        if self.options.activate:
+            refuse_others(outline.skeleton.model.config.get_text_config(), "prune.imp")
         return Subset(tuple(outline.skeleton.learnable))
 
     def begin(self, number: int, model: Whole) -> dict[str, Any]:
@@ -112,6 +125,9 @@ class Method(TrainedPruner):
         facts = prune(model, self.options, self.options.densities[number])
         if number > 0 and self.options.rewind != "none":
             model.rewind(start=self.options.rewind == "init")
+        if self.options.activate:
+            for name in model.linears:
+                model.extra[f"start {name}"] = model.weight(name).float().clone()
         return facts
 
     def rates(self, number: int, begun: Mapping[str, Any]) -> Sequence[float]:
@@ -147,7 +163,10 @@ def prune(model: Whole, options: Options, density: float) -> dict[str, Any]:
         weight, mask = model.weight(name), model.mask(name)
         scores = weight.abs().masked_fill_(~mask, -1)  # what is pruned goes first, whatever zeros there are beside it
         whole += float(scores[mask].square().sum(dtype=torch.float64))
-        narrowed = chosen(scores, options, keeps[name], density) & mask
+        still = round(options.activate * (int(mask.sum()) - keeps[name])) if f"start {name}" in model.extra else 0
+        narrowed = chosen(scores, options, keeps[name] + still, density) & mask
+        if still > 0:
+            narrowed = without_still(narrowed, weight, model.extra[f"start {name}"], still)
         gone += float(scores[mask & ~narrowed].square().sum(dtype=torch.float64))
         before, after = before + int(mask.sum()), after + int(narrowed.sum())
         mask.copy_(narrowed)

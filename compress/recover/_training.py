@@ -13,10 +13,11 @@ from compress.schemes import ALWAYS_IGNORED, Patterns
 from compress.training import Trainer, TrainingOptions
 
 if TYPE_CHECKING:
+    from weightworks.stream.linears import Linear
     from weightworks.stream.whole import Outline, Subset, Whole
 
-PARTS = ("bias", "norm", "head", "adapters", "weights", "full")
-ONE_OF = ("adapters", "weights", "full")  # ways to train a linear layer
+PARTS = ("bias", "norm", "head", "adapters", "weights", "half", "full")
+ONE_OF = ("adapters", "weights", "half", "full")  # ways to train a linear layer
 
 
 class RecoveryOptions(TrainingOptions):
@@ -26,15 +27,18 @@ class RecoveryOptions(TrainingOptions):
         default=["bias", "norm", "adapters"],
         description="what is trained, one or several of: bias, norm (gains and biases of normalisation), head (LoRA on an "
         "output layer that is not the embedding), adapters (of the linear layers), weights (all of those layers, under "
-        "their masks, instead of adapters), full (every parameter of the model, under the masks)",
+        "their masks, instead of adapters), half (those of half of the layers of each block, drawn by the seed), full (every "
+        "parameter of the model, under the masks)",
     )
-    adapter: Literal["mask_lora", "scale_lora", "spp", "lora"] = Field(
+    adapter: Literal["mask_lora", "scale_lora", "spp", "lift", "lora"] = Field(
         "mask_lora",
-        description="how a weight W is adapted: mask_lora: W + s M * (BA); scale_lora: W * (BA); spp: W + s W * (BA); lora: "
-        "W + s BA, not merged: the output is an adapter for PEFT, the model may be quantized and stays as it is",
+        description="how a weight W is adapted: mask_lora: W + s M * (BA); scale_lora: W * (BA); spp: W + s W * (BA); lift: a "
+        "share of its entries, the largest after rank reduction; lora: W + s BA, not merged: the output is an adapter for "
+        "PEFT, the model may be quantized and stays as it is",
     )
-    rank: int = Field(16, ge=1, description="rank of A and B")
+    rank: int = Field(16, ge=1, description="rank of A and B; lift: that W is reduced to")
     alpha: float = Field(32.0, gt=0, description="s is alpha / rank")
+    entries: float = Field(0.05, gt=0, le=1, description="lift: share of the entries of each weight that is trained")
     schedule: Literal["ft", "lrw", "slr", "clr", "llr"] = Field("llr", description=SCHEDULES)
     lr: float = Field(5e-4, gt=0, description="highest learning rate (AdamW)")
     ignore: Patterns = Field(
@@ -127,33 +131,51 @@ class Recovery(Trainer):
     def subset(self, outline: Outline) -> Subset:
         from weightworks.stream.whole import Subset
 
-        wanted, fallbacks, rank = self.parts, [], getattr(self.options, "rank", 0)
+        wanted, fallbacks = self.parts, []
         learnable = outline.skeleton.learnable
-        named = {"bias": outline.biases, "norm": outline.norms, "weights": outline.weights, "full": learnable}
+        named = {
+            "bias": outline.biases,
+            "norm": outline.norms,
+            "weights": outline.weights,
+            "half": outline.half if "half" in wanted else [],
+            "full": learnable,
+        }
         names = {name for part, found in named.items() if part in wanted for name in found}
-        adapters = dict.fromkeys(outline.linears, self.adapter()) if "adapters" in wanted else {}
+        adapters = {name: self.adapter(one) for name, one in outline.linears.items()} if "adapters" in wanted else {}
         if self.by_blocks:
             names = {name for name in names if outline.inside(name)}
         if "head" in wanted and self.by_blocks:
             fallbacks.append("head: left as it is; it is in no block")
         elif "head" in wanted and outline.head is not None:
-            adapters[outline.head.tensor] = self.adapter("lora")
+            adapters[outline.head.tensor] = self.adapter(outline.head, "lora")
         elif "head" in wanted:
             fallbacks.append("head: left as it is; it is the embedding too, which an adapter of the head would change")
         if self.keeps_adapter:
-            adapters, left = _holdable(outline, adapters)
+            adapters, left = holdable(outline, adapters)
             fallbacks += left
         ordered = tuple(name for name in learnable if name in names)
-        adapted = [
-            linear for linear in (*outline.linears.values(), outline.head) if linear and linear.tensor in adapters
-        ]
-        return Subset(ordered, adapters, rank * sum(sum(one.shape) for one in adapted), tuple(fallbacks))
+        inside = [one for name, one in outline.linears.items() if name in adapters]
+        added = sum(self.added(one.shape) for one in inside)
+        if outline.head is not None and outline.head.tensor in adapters:
+            added += self.added(outline.head.shape, "lora")
+        return Subset(ordered, adapters, added, tuple(fallbacks))
 
-    def adapter(self, kind: str | None = None) -> Any:
-        """What makes an adapter of ``kind``, by default the one asked for."""
+    def adapter(self, linear: Linear, kind: str | None = None) -> Any:
+        """What makes the adapter of ``linear``, of ``kind`` or the one asked for."""
         from compress.recover._adapters import LowRank
+        from compress.recover._principal import Principal
 
-        return partial(LowRank, kind or self.options.adapter, rank=self.options.rank, alpha=self.options.alpha)
+        options, kind = self.options, kind or self.options.adapter
+        if kind == "lift":
+            return partial(Principal, rank=options.rank, count=self.added(linear.shape))
+        return partial(LowRank, kind, rank=options.rank, alpha=options.alpha)
+
+    def added(self, shape: tuple[int, int], kind: str | None = None) -> int:
+        """Parameters of the adapter of a weight [out, in]; of a pruned one, those of ``lift`` at most."""
+        if (kind or self.options.adapter) == "lift":
+            return max(1, round(self.options.entries * shape[0] * shape[1]))
+        rank: int = self.options.rank
+        return rank * sum(shape)
 
     def begin(self, number: int, model: Whole) -> dict[str, Any]:
         model.mask_zeros()
@@ -164,7 +186,7 @@ class Recovery(Trainer):
         return {"trained": {part: count for part, count in parts.items() if count}}
 
 
-def _holdable(outline: Outline, adapters: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+def holdable(outline: Outline, adapters: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """Those of ``adapters`` that PEFT can hold, and why it cannot hold the others."""
     linears = {**outline.linears, **({} if outline.head is None else {outline.head.tensor: outline.head})}
     turned = any(linears[name].transposed for name in adapters)

@@ -123,7 +123,7 @@ def finish_adapter(
     files = writer.read_back() | {CONFIG: file_digest(writer.staging / CONFIG)}
     with verification(writer):
         adapter = Adapter.open(writer.staging)
-        if not packed:
+        if not (packed and traits["fan_in_fan_out"]):
             AdaptedCheckpoint.join(job.checkpoint, f"{job.checkpoint.source}+{writer.target}", [adapter])  # it fits
 
         def factors(module: str) -> tuple[torch.Tensor, torch.Tensor]:

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import torch
 
 from weightworks.engine.job import Job
+from weightworks.engine.paired import Unrounded
 from weightworks.engine.tweaking import Tuner
 from weightworks.report.progress import Progress
 from weightworks.store.checkpoint import Checkpoint
@@ -20,7 +21,7 @@ from weightworks.store.layout import inputs_of
 from weightworks.store.writer import CheckpointWriter, check_finite
 from weightworks.stream.activations import Activations
 from weightworks.stream.calibration import Calibration
-from weightworks.stream.linears import Group, Linear, Stage, find_stages, read_linear, watch, write_linear
+from weightworks.stream.linears import Address, Group, Linear, Stage, find_stages, read_linear, watch, write_linear
 from weightworks.stream.memory import release
 from weightworks.stream.passes import Windows, perplexity, run_block, shell, token_losses
 from weightworks.stream.replay import prove
@@ -69,6 +70,10 @@ class Blockwise:
         self.dense = Activations((*probe.shape, hidden), torch.float32, scratch, "dense")
         self.result = Activations((*probe.shape, hidden), torch.float32, scratch, "result")
         self.streams = [(self.windows, self.states)]  # what passes the rounded model in the dtype of the passes
+        self.unrounded: Unrounded | None = None
+        if job.paired:
+            own = Activations((*calibration.tokens.shape, hidden), dtype, scratch, "unrounded", on_disk=on_disk)
+            self.unrounded = Unrounded(self.skeleton, self.windows, own)
         self.tuner: Tuner | None = None
         if job.tweak is not None:
             assert calibration.held_out is not None
@@ -112,7 +117,8 @@ class Blockwise:
                 for states in self._kept(last=done == len(self.skeleton.blocks)):
                     states.restore(done)
                 return
-            for windows, states in self.streams:
+            own = [] if self.unrounded is None else [(self.windows, self.unrounded.states)]
+            for windows, states in (*self.streams, *own):
                 for start, hidden in windows.embedded(self.skeleton, self.device):
                     states.write(start, hidden.to(self.dtype))
             for start, hidden in self.probe.embedded(self.skeleton, self.device):
@@ -123,7 +129,8 @@ class Blockwise:
 
     def _kept(self, *, last: bool) -> list[Activations]:
         """The hidden states that go on to the next block, or, after the ``last`` one, to the head."""
-        return [*([] if last else [states for _, states in self.streams]), self.dense, self.result]
+        own = [] if self.unrounded is None else [self.unrounded.states]
+        return [*([] if last else [*(states for _, states in self.streams), *own]), self.dense, self.result]
 
     def _block(self, index: int) -> None:
         job, skeleton, names = self.job, self.skeleton, self.skeleton.names_of(index)
@@ -132,7 +139,12 @@ class Blockwise:
         aims = None if self.tuner is None else self.tuner.aims(index)
         skeleton.cast(names, self.dtype)
         release()
+        last = index == len(skeleton.blocks) - 1
+        if self.unrounded is not None:
+            self.unrounded.keep(index, job.blocks[index])
         rows = self._solve(index)
+        if self.unrounded is not None and not last:
+            self.unrounded.advance(self.dtype, self.device)
         facts: dict[str, Any] = {"rows": rows}
         norms = job.norms[index]
         skeleton.load(
@@ -144,7 +156,6 @@ class Blockwise:
             facts = {"rows": rows + tuned["rows"], "norms": tuned["norms"]}
             release()
         run_block(skeleton, index, self.probe, self.result, torch.float32, self.device)
-        last = index == len(skeleton.blocks) - 1
         if not last:
             skeleton.cast(names, self.dtype)
             for windows, states in self.streams:
@@ -175,17 +186,24 @@ class Blockwise:
         rows = []
         for groups in bounded(stages, self.statistics_bytes, self.job.held):
             statistics = {group.leader: self.method.watch(group.columns, self.device) for group in groups}
-            watchers = {leader: kept.add for leader, kept in statistics.items()}
-            for start, stop in self.windows.slices():
-                call = self.windows.call(stop - start, self.dtype).blocks[index]
-                watch(self.skeleton.blocks[index][1], call, self.states.read(start, stop).to(self.device), watchers)
-            del watchers
+            self._watch(index, statistics)
             release()
             for group in groups:
                 rows += self._group(index, group.linears, statistics.pop(group.leader))
         for linear in never:
             rows += self._group(index, [linear], self.method.watch(linear.shape[1], self.device))
         return rows
+
+    def _watch(self, index: int, statistics: dict[Address, Any]) -> None:
+        """Let ``statistics`` see the inputs of the products they are for, of all windows."""
+        watchers = {leader: kept.add for leader, kept in statistics.items()}
+        for start, stop in self.windows.slices():
+            call = self.windows.call(stop - start, self.dtype).blocks[index]
+            hidden = self.states.read(start, stop).to(self.device)
+            if self.unrounded is None:
+                watch(self.skeleton.blocks[index][1], call, hidden, watchers)
+            else:
+                self.unrounded.watch(call, hidden, start, stop, statistics)
 
     def _group(self, index: int, linears: Sequence[Linear], statistics: Any) -> list[dict[str, Any]]:
         targets = [self.job.target_of(linear) for linear in linears]

@@ -72,6 +72,7 @@ class Sizes:
     outside_largest: int  # the largest of them, stored
     block_count: int  # parameters of the largest block
     block_stored: int  # that block in the output
+    block_copy: int  # of its weights as they were, where inputs are watched in pairs; else 0
     weight_count: int  # the largest weight
     statistics: int  # of the widest input
     tuning: int  # of the graph of a batch through a block, and outputs of windows held out; 0 where no norms are tuned
@@ -180,6 +181,9 @@ def sizes_of(job: Job | ReduceJob, tokens: tuple[int, int] | None, probe: tuple[
         outside_largest=max((tensors[tensor].nbytes for tensor in stored(outside)), default=0),
         block_count=max(sum(skeleton.get(name).numel() for name in names) for names in blocks),
         block_stored=max(sum(written(tensor) for tensor in stored(names)) for names in blocks),
+        block_copy=max(sum(math.prod(one.shape) for one in block) for block in job.blocks)
+        * dtype.itemsize
+        * job.paired,
         weight_count=max(math.prod(linear.shape) for linear in linears),
         statistics=max(job.held(linear.shape[1]) for linear in linears),
         tuning=_graph(job, tokens, batch) + 4 * config.hidden_size * windows * length // HELD_OUT
@@ -190,7 +194,7 @@ def sizes_of(job: Job | ReduceJob, tokens: tuple[int, int] | None, probe: tuple[
             for (_, width), group in _inputs(linears).items()
         ),
         stage_statistics=max(_stage_statistics(job, block) for block in job.blocks),
-        activations=windows * length * config.hidden_size * dtype.itemsize if tokens else 0,
+        activations=windows * length * config.hidden_size * dtype.itemsize * (1 + job.paired) if tokens else 0,
         probe=probe[0] * probe[1] * config.hidden_size * 4,
         inner_count=batch * max(linear.shape[0] for linear in linears),
         logits=4 * probe[1] * config.vocab_size,
@@ -221,7 +225,7 @@ def _stage_statistics(job: Job | ReduceJob, block: Sequence[Linear]) -> int:
 
 def _blockwise_phases(s: Sizes, statistics: int, *, on_disk: bool) -> dict[str, int]:
     """Peak bytes by phase of the blockwise engine."""
-    block = s.block_count * s.width
+    block = s.block_count * s.width + s.block_copy
     return with_heap(
         s.base + 2 * s.probe + (0 if on_disk else s.activations),
         {
@@ -321,6 +325,8 @@ def _seconds(job: Job | ReduceJob, tokens: tuple[int, int] | None, probe: tuple[
         surveys = job.method.surveys() if hasattr(job.method, "surveys") else ()
         passes = (
             (job.blockwise or hasattr(job.method, "reduces"))
+            + job.paired
+            + 4 * hasattr(job.method, "smoother")
             + 2 * by_gradients(job.method)
             + 2 * hasattr(job.method, "renormalises")
             + sum(survey.watch is not None for survey in surveys)
@@ -330,7 +336,8 @@ def _seconds(job: Job | ReduceJob, tokens: tuple[int, int] | None, probe: tuple[
         work += 2.0 * (1 + 3 + 0.25) * tokens[0] * tokens[1] * weights / speed["float32"]
     if tokens and job.second_moments:
         inputs = {(index, linear.shape[1]) for index, block in enumerate(job.blocks) for linear in block}
-        work += sum(count * width**2 + 2 / 3 * 3 * width**3 for _, width in inputs) * 1.5 / speed["float32"]
+        moments = sum(count * width**2 + 2 / 3 * 3 * width**3 for _, width in inputs) * 1.5 / speed["float32"]
+        work += moments * (1 + 2 * job.paired)  # what pairs add is not symmetric
         work += sum(2 * linear.shape[0] * linear.shape[1] ** 2 for linear in job.linears.values()) / speed["float32"]
     moved = (3 if tokens else 2) * job.checkpoint.nbytes + 3 * job.weight_bytes
     return SLACK * work + moved / BYTES_A_SECOND + 3.0

@@ -37,6 +37,7 @@ from weightworks.store.layout import Format
 from weightworks.store.manifest import made_by, read_provenance
 from weightworks.store.masks import SUFFIX, Masks, mask_spec, pack_bits
 from weightworks.store.packing import Scheme
+from weightworks.store.rotated import RotatedCheckpoint
 from weightworks.store.shards import planned_bytes
 from weightworks.store.smoothed import SmoothedView
 from weightworks.store.tensorfile import TensorSpec
@@ -107,7 +108,7 @@ class Job:
     def outline(self) -> Outline:
         """What there is to train."""
         dtypes = {spec.name: spec.dtype for spec in self.view.specs}
-        return Outline(self.skeleton, self.linears, head_linear(self.skeleton, dtypes))
+        return Outline(self.skeleton, self.linears, head_linear(self.skeleton, dtypes), self.settings.seed)
 
     @cached_property
     def subset(self) -> Subset:
@@ -149,12 +150,17 @@ class Job:
     def held(self, columns: int) -> int:
         """Bytes of the statistics of an input of so many columns."""
         if self.second_moments:
-            return 4 * columns**2
+            return 4 * columns**2 * (1 + self.paired)
         return int(self.method.held(columns)) if hasattr(self.method, "held") else 0
 
     def working(self, columns: int) -> int:
         """Bytes needed beside them while weights are solved."""
         return int(self.method.working(columns)) if hasattr(self.method, "working") else 0
+
+    @property
+    def paired(self) -> bool:
+        """Whether the method wants inputs in pairs with those of the unchanged model."""
+        return bool(getattr(self.method, "paired", False))
 
     @property
     def together(self) -> bool:
@@ -366,7 +372,10 @@ class Job:
         """What became of every input tensor: transformed or copied, with the reason a matrix was left as it is."""
         done = self.changed if self.tweak is None else {*self.linears, *self.tuned}
         rescaled = self.replaced - done
-        copied = [name for name in self.checkpoint.tensors if name not in done | rescaled]
+        turned = set()
+        if isinstance(self.checkpoint, RotatedCheckpoint):
+            turned = set(self.checkpoint.turns or ()) - done - rescaled
+        copied = [name for name in self.checkpoint.tensors if name not in done | rescaled | turned]
         left = {
             name: self.kept.get(name, "unused by the model")
             for name in copied
@@ -378,6 +387,7 @@ class Job:
             **({} if self.tweak is None else {"tuned": len(self.tuned)}),
             "copied": len(copied),
             **({"rescaled": len(rescaled)} if rescaled else {}),
+            **({"rotated": len(turned)} if turned else {}),
             "dropped": 0,
             "left_as_they_are": left,
         }
@@ -476,6 +486,8 @@ def dense_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def origin(source: Checkpoint | Adapter) -> dict[str, Any]:
     """An input as provenance names it: by its name, its files' digests, and the stage that made it if there is one."""
+    if isinstance(source, RotatedCheckpoint) and source.base is not None:
+        return origin(source.base)
     remarks = source.remarks if isinstance(source, Checkpoint) else []
     try:
         whole = isinstance(source, Adapter) or source.as_stored  # no stage made a sum

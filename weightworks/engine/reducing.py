@@ -91,6 +91,7 @@ class ReduceJob:
 
     teacher: ClassVar[None] = None
     together: ClassVar[bool] = False
+    paired: ClassVar[bool] = False
     tweak: ClassVar[None] = None
     blockwise: ClassVar[bool] = False
 

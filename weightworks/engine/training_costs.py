@@ -51,7 +51,7 @@ def estimate_training(job: Job, lessons: Lessons, *, probe: tuple[int, int], dty
     name = max(phases, key=lambda phase: phases[phase])
     trained, masked = _counts(job)
     taught = _taught(job, lessons, dtype)
-    state = 12 * trained + 2 * masked  # values, moments; masks, signs
+    state = 12 * trained + (1 + regime.own) * masked  # values, moments; masks, and what the method keeps
     put_by = 4 * trained * ((regime.remember is not None) + (regime.patience is not None))
     return Estimate(
         output_bytes=job.weight_bytes,
@@ -189,7 +189,7 @@ def _phases(job: Job, s: Sizes, lessons: Lessons, dtype: torch.dtype, *, recompu
     activations = len(blocks) * hidden + max(blocks) if recompute else sum(blocks)
     logits = LOGITS * 4 * tokens * config.vocab_size
     taught = _taught(job, lessons, dtype)
-    held = s.base + weights + HELD * trained + 2 * masked + taught.memory  # masks and signs are bytes
+    held = s.base + weights + HELD * trained + (1 + regime.own) * masked + taught.memory  # a mask is bytes
     return with_heap(
         0,
         {

@@ -113,7 +113,7 @@ def reads_text(method: Any) -> bool:
     """Whether a method, or a step before or after it, looks at the inputs that a text makes, trains on it or chooses from it."""
     merges = hasattr(method, "merge")  # their surveys are others
     surveys = method.surveys() if hasattr(method, "surveys") and not merges else ()
-    smooths = getattr(getattr(method, "options", None), "smooth", None) is not None
+    smooths = hasattr(method, "smoother") or getattr(getattr(method, "options", None), "smooth", None) is not None
     steps = smooths or tweak_of(method) is not None
     return steps or shaped_by_text(method) or any(survey.watch is not None for survey in surveys)
 

@@ -23,7 +23,10 @@ from weightworks.engine.modelwise import Training
 from weightworks.engine.reconstruct import Reconstruction
 from weightworks.engine.reducing import ReduceJob, Run, reduce
 from weightworks.engine.repairing import check_repairable, repair
+from weightworks.engine.rotating import facts as rotation_facts
+from weightworks.engine.rotating import rotated
 from weightworks.engine.smoothing import smooth
+from weightworks.engine.solving import check_solvable, solve
 from weightworks.engine.survey import run_surveys
 from weightworks.engine.tensorwise import run_tensorwise
 from weightworks.engine.trained import check_trainable
@@ -42,6 +45,7 @@ from weightworks.stage.settings import Settings
 from weightworks.store.checkpoint import FACTORS, Checkpoint
 from weightworks.store.manifest import changed_files, read_provenance
 from weightworks.store.packing import told
+from weightworks.store.rotated import RotatedCheckpoint
 from weightworks.store.sources import file_digest
 from weightworks.store.writer import CheckpointWriter, check_target
 from weightworks.stream.lessons import Lessons
@@ -103,6 +107,8 @@ def run_stage(
     checkpoint = opened(model, settings, called)
     if kind != "prune":
         refuse_filled(checkpoint)
+    if getattr(method.options, "rotate", False):
+        checkpoint = rotated(checkpoint, seed=settings.seed, trust_remote_code=settings.trust_remote_code)
     original = None if teacher is None else opened(teacher, settings, called)
     target = (output_dir or default_target(checkpoint, name, method.options)).absolute()
     keep_inputs(target, [checkpoint, *([original] if original else [])])
@@ -123,6 +129,8 @@ def run_stage(
     elif reads_text(method):
         if isinstance(job, Job) and hasattr(method, "renormalises"):
             check_repairable(job)
+        if isinstance(job, AdapterJob):
+            check_solvable(job)
         text = calibrate(job)
     probe = check_windows(checkpoint, job.skeleton, trust_remote_code=settings.trust_remote_code)
     dtype = torch.float32  # what gradients and moments of outputs are computed in
@@ -196,6 +204,7 @@ def execute(
             **({} if isinstance(job, AdapterJob) else {"size": sizes(job, results["rows"])}),
             **({"format": f"{job.format.name}: {told(job.scheme)}"} if job.format and job.scheme else {}),
             "quality": {key: results[key] for key in ("dense", "result")},
+            **({"rotation": rotation_facts(job.checkpoint)} if isinstance(job.checkpoint, RotatedCheckpoint) else {}),
             **{key: results[key] for key in ("smoothing", "training", "renormalisation", "norms") if key in results},
         }
         if text is not None:
@@ -230,6 +239,10 @@ def worked(
     run_surveys(job, writer, calibration, probe, dtype, on_disk=costs.on_disk)
     if isinstance(text, Lessons) and isinstance(job, AdapterJob):
         results = Beside(job, writer, text, probe, dtype, recompute=costs.recompute).run()
+    elif isinstance(job, AdapterJob):
+        assert calibration is not None
+        room = costs.statistics_bytes
+        results = solve(job, writer, calibration, probe, dtype, on_disk=costs.on_disk, limit=room)
     elif isinstance(text, Lessons) or hasattr(job.method, "renormalises"):
         results = recovered(job, writer, text, probe, dtype, costs)
         copy_rest(job, writer)
@@ -253,8 +266,9 @@ def worked(
                 job, writer, calibration, probe, on_disk=costs.on_disk, traced_bytes=costs.statistics_bytes
             ).run(solved(job, writer))
         else:
-            # Other processes open the checkpoint themselves, and would not see it smoothed.
-            rows = run_tensorwise(job, writer, None if smoothing else executor)
+            # Other processes open the checkpoint themselves, and would not see it changed.
+            alone = smoothing or isinstance(job.checkpoint, RotatedCheckpoint)
+            rows = run_tensorwise(job, writer, None if alone else executor)
         results = {"rows": rows, "dense": stream_perplexity(job, job.view, probe)}
         copy_rest(job, writer)
         written = Written(job, writer)

@@ -77,9 +77,13 @@ def model_card(source: Checkpoint, name: str, provenance: dict[str, Any], dequan
         facts = provenance["calibration"]
         what = "training text" if "training" in provenance else "calibration"
         rows.append((what, f"{facts['source']}, {facts['windows']} windows of {facts['seq_len']} tokens"))
+    if (rotation := provenance.get("rotation")) is not None:
+        heads = f", and the values of attention in {rotation['value_heads']} blocks" if rotation["value_heads"] else ""
+        rows.append(("rotated", f"the residual stream{heads}; gains of norms are folded into weights"))
     if (smoothing := provenance.get("smoothing")) is not None:
         done = f"{smoothing['norms']} norms handed part of their scale on to {smoothing['weights']} weights"
-        rows.append(("smoothed", f"{done}; no norm feeds {len(smoothing['left'])} others"))
+        done += f", {smoothing['rows']} linears that of their rows" if "rows" in smoothing else ""
+        rows.append(("smoothed", f"{done}; {len(smoothing['left'])} others have nothing to hand it on"))
     rows.append(("checked with", provenance["checks"]["loader"]))
     if "quantized_weights" in size:
         rows.append(("format", str(provenance.get("format", options.get("format")))))
@@ -180,8 +184,9 @@ def merge_card(models: Sequence[Checkpoint], base: Checkpoint | None, name: str,
 
 
 def trained_adapter_card(base: Checkpoint, name: str, provenance: dict[str, Any]) -> str:
-    """The card of a LoRA adapter called ``name`` that was trained on ``base``."""
-    sentence = f"trained on `{base.name}`, which stays as it is ({provenance['identity']['method'].split('.')[-1]})"
+    """The card of a LoRA adapter called ``name`` that was trained on ``base``, or solved for it."""
+    how = "trained on" if "training" in provenance else "solved for"
+    sentence = f"{how} `{base.name}`, which stays as it is ({provenance['identity']['method'].split('.')[-1]})"
     return adapter_card([], base, name, provenance, sentence, command(provenance, base))
 
 

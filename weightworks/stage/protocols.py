@@ -74,7 +74,8 @@ class Blockwise(Protocol):
     One whose statistics take other than the 4 in^2 bytes of a matrix of second moments says so by ``held(columns)``, one
     that needs more beside them while it solves by ``working(columns)``. With ``together = True`` all inputs of a block are
     watched before any of its weights is replaced, in one pass where memory allows; else a linear is watched when those it
-    depends on have their new weights.
+    depends on have their new weights. With ``paired = True`` statistics get inputs in pairs, ``add(inputs, unrounded)``:
+    the second [tokens, in] is what the unchanged model makes of the same tokens, None where it need not be of the same.
     """
 
     options: Options

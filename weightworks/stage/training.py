@@ -42,7 +42,8 @@ class Regime:
     ``decay`` is AdamW's, of matrices; ``clip`` the norm that gradients are scaled down to, 0 for none; ``held_out`` how many
     windows are set aside. After step ``remember`` of the first round (0: before its first) all trained values are put by, to
     go back to. With ``patience`` the held-out loss is looked at after every ``look`` steps; a round ends once so many looks in
-    turn were no better than the best, and has the values of the best. ``recompute`` runs blocks again in the backward pass;
+    turn were no better than the best, and has the values of the best. ``own`` is how many bytes the method keeps of each weight
+    that has a mask. ``recompute`` runs blocks again in the backward pass;
     None leaves it to the memory there is.
 
     With a ``window`` blocks are trained one after the other, in one round each, to give what the original's give: ``inputs``
@@ -65,6 +66,7 @@ class Regime:
     imitates: Imitation | None = None
     patience: int | None = None
     look: int = 10
+    own: int = 1
 
     @property
     def windows(self) -> int:

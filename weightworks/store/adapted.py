@@ -15,6 +15,7 @@ import torch
 from weightworks.errors import CheckpointError
 from weightworks.store.adapters import Adapter, LoRA
 from weightworks.store.checkpoint import Checkpoint
+from weightworks.store.decoded import DecodedCheckpoint
 from weightworks.store.tensorfile import TensorInfo
 
 BLOCK = 1 << 20  # elements computed at a time
@@ -92,7 +93,10 @@ class AdaptedCheckpoint(Checkpoint):
 
     @classmethod
     def join(cls, base: Checkpoint, source: str, adapters: Sequence[Adapter]) -> AdaptedCheckpoint:
-        """``base`` with the adapters; one that does not fit it is refused, all tensors at fault named."""
+        """``base``, decoded if it is quantized, with the adapters; one that does not fit it is refused, all tensors at fault
+        named."""
+        if base.config.get("quantization_config"):
+            base = DecodedCheckpoint.of(base)
         updates: dict[str, list[Update]] = {}
         for adapter in adapters:
             for name, update in fitted(adapter, base):
@@ -124,7 +128,7 @@ class AdaptedCheckpoint(Checkpoint):
     def remarks(self) -> list[str]:
         assert self.base is not None
         name = self.base.name.split("@")[0].split("/")[-1]
-        return [
+        return self.base.remarks + [
             f"{adapter.name} says it was trained on {adapter.base}, not on {name}"
             for adapter in self.adapters
             if adapter.base is not None and adapter.base.rstrip("/").split("/")[-1] != name
@@ -140,7 +144,7 @@ class AdaptedCheckpoint(Checkpoint):
     def _read(self, info: TensorInfo, shape: tuple[int, ...], skip: int, dtype: torch.dtype | None) -> torch.Tensor:
         updates = (self.updates or {}).get(info.name, ())
         if not updates:
-            return super()._read(info, shape, skip, dtype)
+            return self._stored(info, shape, skip, dtype)
         start = skip // (info.nbytes // info.shape[0])
         if len(updates) == 1 and isinstance(updates[0], Whole):
             whole, stop = updates[0], start + shape[0]
@@ -154,10 +158,15 @@ class AdaptedCheckpoint(Checkpoint):
             result[low - start : high - start] = block[low - first : high - first]  # the one rounding
         return result
 
+    def _stored(self, info: TensorInfo, shape: tuple[int, ...], skip: int, dtype: torch.dtype | None) -> torch.Tensor:
+        """What the base gives."""
+        assert self.base is not None
+        return self.base._read(info, shape, skip, dtype)
+
     def _block(self, info: TensorInfo, updates: Sequence[Update], first: int, last: int) -> torch.Tensor:
         """Rows ``first:last`` in float32."""
         row = info.nbytes // info.shape[0]
-        base = super()._read(info, (last - first, *info.shape[1:]), first * row, torch.float32)
+        base = self._stored(info, (last - first, *info.shape[1:]), first * row, torch.float32)
         total = updates[0].delta(base, first)
         for update in updates[1:]:
             total += update.delta(base, first)
@@ -173,12 +182,12 @@ def open_adapted(source: str, models: Sequence[str], *, allow_pickle: bool = Fal
 def fitted(adapter: Adapter, base: Checkpoint) -> Iterator[tuple[str, Update]]:
     """The updates of an adapter by the base's tensor names.
 
-    Raises :class:`CheckpointError` when the base is quantized, or with every tensor of the adapter that meets none in the
-    base, or one of another shape.
+    Raises :class:`CheckpointError` with every tensor of the adapter that meets none in the base, or one of another shape, and
+    for transposed layers of a base that is quantized: they are [out, in] there.
     """
-    if base.config.get("quantization_config"):
+    if isinstance(base, DecodedCheckpoint) and any(pair.transposed for pair in adapter.pairs.values()):
         raise CheckpointError(
-            f"{base.root}: is quantized, so {adapter.name} cannot be added to its weights",
+            f"{base.root}: is quantized, and {adapter.name} adapts layers whose weights are [in, out]",
             hint="add the adapter to the dense checkpoint, then quantize",
         )
     wanted: list[tuple[str, tuple[int, ...], Update]] = []

@@ -105,6 +105,11 @@ class Checkpoint:
         return True
 
     @property
+    def untied(self) -> bool:
+        """Whether the output head is seen as one of its own though the files' configuration shares it with the embedding."""
+        return False
+
+    @property
     def remarks(self) -> list[str]:
         """What a user should be told about this input, a sentence each."""
         return []

@@ -50,6 +50,13 @@ class Gram:
         # Fortran's upper triangle is the lower one of our row-major matrix.
         ssyrk(1.0, x.contiguous().numpy().T, beta=1.0, c=self.matrix.numpy().T, lower=0, overwrite_c=1)
 
+    def moments(self) -> torch.Tensor:
+        """X'X [in, in], symmetric; a copy."""
+        matrix = self.matrix.clone()
+        if through_scipy(matrix):
+            mirror(matrix)
+        return matrix
+
     def mean(self, factor: float = 1.0) -> torch.Tensor:
         """``factor`` X'X / n [in, in], symmetric. The storage is this object's own, which ends with it."""
         matrix, self.matrix = self.matrix, torch.empty(0)

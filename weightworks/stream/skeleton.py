@@ -211,7 +211,10 @@ class Stored(Protocol):
 def build(view: DenseView, *, trust_remote_code: bool = False) -> Skeleton:
     """The skeleton of the checkpoint behind ``view``; errors are those of :func:`build_for`."""
     root = view.checkpoint.root
-    return build_for(read_config(root, trust_remote_code), view, str(root), trust_remote_code=trust_remote_code)
+    config = read_config(root, trust_remote_code)
+    if view.checkpoint.untied:
+        config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False
+    return build_for(config, view, str(root), trust_remote_code=trust_remote_code)
 
 
 def build_for(config: Any, view: Stored, where: str, *, trust_remote_code: bool = False) -> Skeleton:

@@ -27,17 +27,32 @@ weight to the one that is multiplied with, in float32. Its own parameters are tr
 
 @dataclass(frozen=True)
 class Outline:
-    """What there is to train, before anything is loaded: ``linears`` by tensor, and the ``head`` unless it is the embedding."""
+    """What there is to train, before anything is loaded: ``linears`` by tensor, and the ``head`` unless it is the embedding.
+
+    What is drawn of it follows from ``seed``.
+    """
 
     skeleton: Skeleton
     linears: Mapping[str, Linear]
     head: Linear | None
+    seed: int = 0
 
     @property
     def weights(self) -> list[str]:
         """Parameters that are made of ``linears`` alone."""
         names = dict.fromkeys(linear.full for linear in self.linears.values())
         return [name for name in names if all(piece.tensor in self.linears for piece in self.skeleton.pieces[name])]
+
+    @property
+    def half(self) -> list[str]:
+        """Half of ``weights``, of each block as near to it as it can be (Hui et al., "HFT", arXiv:2404.18466)."""
+        drawn: set[str] = set()
+        for number, (prefix, _) in enumerate(self.skeleton.blocks):
+            inside = [name for name in self.weights if name.startswith(prefix + ".")]
+            order = torch.randperm(len(inside), generator=keyed(self.seed, f"half of block {number}"))
+            count = (len(inside) + number % 2) // 2  # of an odd number: more and less in turn
+            drawn |= {inside[place] for place in order[:count]}
+        return [name for name in self.weights if name in drawn]
 
     def inside(self, name: str) -> bool:
         """Whether a parameter is one of a block."""

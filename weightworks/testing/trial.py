@@ -94,11 +94,13 @@ class Trial:
 
     @cached_property
     def result(self) -> DenseView:
-        """The tensors that the result stands for, packed ones decoded."""
+        """The tensors that the result stands for, packed ones decoded, an adapter added to the model."""
+        from weightworks.store.adapters import CONFIG
         from weightworks.store.checkpoint import Checkpoint
         from weightworks.store.dense import DenseView
 
-        return DenseView(Checkpoint.open(self.made))
+        beside = (self.made / CONFIG).is_file()
+        return DenseView(Checkpoint.open(f"{self.model}+{self.made}" if beside else self.made))
 
     @cached_property
     def options(self) -> dict[str, Any]:
@@ -112,7 +114,8 @@ class Trial:
     @property
     def changed(self) -> set[str]:
         """Names of the tensors that the method says it replaced."""
-        return {row["tensor"] for row in self.provenance["report"]}
+        rescaled = self.provenance.get("smoothing", {}).get("rescaled", [])
+        return {row["tensor"] for row in self.provenance["report"]} | set(rescaled)
 
     def run(self, target: Path, values: Mapping[str, Any] | None = None) -> Path:
         """Run the method with ``options``, some ``values`` in their place; returns the folder it made."""
