@@ -318,8 +318,11 @@ def short_name(checkpoint: Checkpoint) -> str:
 
 def default_target(checkpoint: Checkpoint, method: str, options: Any) -> Path:
     """The model's name plus what was done, in the current folder: ``tiny-llama-gptq-w4g128``, ``tiny-llama-wanda-2of4``,
-    ``tiny-llama-gptq-w8a8-smooth`` where channels were made alike first, ``-norms-closed`` where norms were tuned after."""
+    ``tiny-llama-gptq-w8a8-smooth`` where channels were made alike first, ``-rotated`` where the basis was changed,
+    ``-norms-closed`` where norms were tuned after."""
     parts = [short_name(checkpoint), _done(method, options)]
+    if getattr(options, "rotate", False):
+        parts.append("rotated")
     if getattr(options, "smooth", None) is not None:
         parts.append("smooth")
     if (tweak := getattr(options, "norm_tweak", "none")) != "none":

@@ -144,7 +144,7 @@ def _plan(view: DenseView, model: Model, kind: BlockType, remarks: list[str]) ->
         remarks.append(
             f"{again} packed weights do not fit the grid of {kind.name} as they are: they were rounded again"
         )
-    if view.scheme is not None and view.scheme.inputs is not None:
+    if any(view.inputs(name) is not None for name in view.packed_names):
         remarks.append(
             "the folder's layers round their inputs, which the file cannot say: engines of GGUF files do not"
         )
