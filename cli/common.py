@@ -12,7 +12,7 @@ import typer
 
 import weightworks
 from cli.render import emit, show, show_error
-from weightworks.errors import WeightworksError
+from weightworks.errors import WeightworksError, unreachable
 
 INTERRUPTED = 130
 
@@ -40,6 +40,12 @@ def guarded(function: Callable[..., int | None]) -> Callable[..., None]:
             if values.get("json"):
                 emit({"error": str(error), "hint": error.hint, "exit_code": error.exit_code})
             code = error.exit_code
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            code = 1
+        except OSError as error:
+            show_error(unreachable(error))
+            code = 1
         except KeyboardInterrupt:
             show("interrupted; run the same command again to go on where it stopped")
             code = INTERRUPTED
@@ -47,9 +53,6 @@ def guarded(function: Callable[..., int | None]) -> Callable[..., None]:
             show(
                 "error: out of memory\n  hint: give a smaller --max-memory, so that activations go to disk, or --num-samples"
             )
-            code = 1
-        except BrokenPipeError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             code = 1
         raise typer.Exit(code)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from cli.render import duration, pairs, show, size
+from weightworks.report.allocation import allocation
 from weightworks.report.norms import norms
 from weightworks.report.reduction import parameters
 from weightworks.report.reduction import run_time as time_of_smaller
@@ -45,6 +46,8 @@ def show_outcome(outcome: Any) -> None:
     before, after = quality["dense"], quality["result"]
     count = facts["tensors"].get("output", facts["tensors"]["input"])
     summary = {"written": str(outcome.target), **worth(facts)}
+    if "allocation" in facts:
+        summary["bits chosen"] = allocation(facts["allocation"])
     summary |= {
         "perplexity": f"{before:.3f} -> {after:.3f} ({after / before - 1:+.2%}) on the built-in check text",
         "verified": f"{count} tensors accounted for, read back, loaded by {checks['loader']}: "

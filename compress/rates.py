@@ -19,6 +19,7 @@ SCHEDULES = (
     "llr: linear from lr to 0; clr: cosine; allr: llr from lr times the norm that pruning took away, against what a random "
     "choice would; ft: constant; lrw: the end of the original schedule; slr: all of it, compressed (these two need lr_history)"
 )
+MOST_STEPS = 10_000_000  # of an earlier training
 WARM = ("slr", "clr", "llr", "allr")
 
 
@@ -89,10 +90,21 @@ def read_history(path: str) -> list[float]:
             last = len(points)
         if not points:
             raise ValueError("there are none")
+        if last > MOST_STEPS:
+            raise ValueError(f"{last:,} steps are more than {MOST_STEPS:,}")
         if not all(math.isfinite(rate) and rate >= 0 for _, rate in points):
             raise ValueError("a rate is negative or not finite")
         return list(_filled(points, last))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        IndexError,
+        ArithmeticError,
+        RecursionError,
+    ) as error:
         raise MethodError(
             f"lr_history {path}: cannot be read as learning rates ({type(error).__name__}: {error})",
             hint="it is a trainer_state.json of transformers whose log_history has learning rates, or a JSON list of rates",

@@ -9,11 +9,13 @@ from typing import Annotated, Any, Literal, Self
 import torch
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
+from compress.budget import BudgetOptions
 from compress.codebooks import LEVELS, BookGrid, BookScheme
 from compress.floatgrid import FloatGrid
 from compress.grids import AnyGrid, Grid
 from compress.norms import NormOptions
 from weightworks.options import Options
+from weightworks.stage.budget import Budget, parse_bits
 from weightworks.stage.protocols import Target
 from weightworks.store.floats import FloatScheme, tensor_scale
 from weightworks.store.inputs import InputScheme
@@ -138,7 +140,7 @@ class StepOptions(NormOptions):
     )
 
 
-class GridOptions(StepOptions, LowBitOptions):
+class GridOptions(BudgetOptions, StepOptions, LowBitOptions):
     """Options of quantizers that round to hardware formats too, and may be followed by a tuning of norms."""
 
     scheme: AnyName | None = Field(None, description="preset for bits, group size and symmetry, or a hardware format")
@@ -159,7 +161,25 @@ class GridOptions(StepOptions, LowBitOptions):
             raise ValueError(f"no container has the levels of scheme {self.scheme}: use format dense")
         if self.format.startswith("gptq") and self.scheme in HARDWARE:
             raise ValueError(f"format {self.format} cannot hold scheme {self.scheme}; use compressed-tensors or dense")
+        if self.budgeted:
+            self._affordable()
         return self
+
+    def _affordable(self) -> None:
+        """What does not go with a budget."""
+        if self.scheme is not None or self.bits != 4:
+            asked = f"scheme {self.scheme}" if self.scheme is not None else f"bits {self.bits}"
+            raise ValueError(f"a budget chooses bits layer by layer, yet {asked} was given; see bit_choices")
+        if self.format.startswith("gptq"):
+            raise ValueError(
+                f"format {self.format} holds one width for all; a budget needs compressed-tensors or dense"
+            )
+        if self.format == "dense" and self.budget is not None and parse_bits(self.budget) is None:
+            raise ValueError("format dense is as large as the source: give the budget in bits a weight, such as 3.5bpw")
+
+    def allowance(self) -> Budget | None:
+        """What schemes are chosen by, weight by weight; None if all have one."""
+        return self.chosen_by(self.group_size, symmetric=self.sym)
 
     def any_scheme(self, *, reordered: bool = False) -> AnyScheme:
         """How weights are quantized."""

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from faults import wrap
-
 from weightworks.engine.executor import Executor
 
 PATIENCE = 120.0  # seconds for another worker to start, on a busy machine

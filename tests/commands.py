@@ -118,7 +118,10 @@ class Handler(socketserver.StreamRequestHandler):
             os._exit(run(request))
         self.wfile.write(f"{pid}\n".encode())
         _, status = os.waitpid(pid, 0)
-        texts = [Path(stream).read_text() for stream in request["streams"]]
+        streams = map(Path, request["streams"])
+        texts = [
+            stream.read_text() if stream.exists() else "" for stream in streams
+        ]  # it may be killed before it began
         reply = {"code": os.waitstatus_to_exitcode(status), "out": texts[0], "err": texts[1]}
         self.wfile.write((json.dumps(reply) + "\n").encode())
 
@@ -132,7 +135,6 @@ class Server(socketserver.ForkingMixIn, socketserver.UnixStreamServer):
 def run(request: dict[str, Any]) -> int:
     """The command in this process; returns its exit code."""
     import faults
-
     from cli import compress_app, merge_app
 
     main = {"compress": compress_app, "merge": merge_app}[request["program"]].main

@@ -129,3 +129,74 @@ def planned(**changes: Any) -> None:
 def constant(where: str, value: Any) -> None:
     """A constant of a module has another value."""
     wrap(where, lambda old: value)
+
+
+def at_call(where: str, number: int, act: Callable[[], object]) -> None:
+    """``act`` right before the ``number``-th call of ``where``."""
+    calls = 0
+
+    def make(function: Callable[..., Any]) -> Callable[..., Any]:
+        def called(*args: Any, **kwargs: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls == number:
+                act()
+            return function(*args, **kwargs)
+
+        return called
+
+    wrap(where, make)
+
+
+def changing(where: str, number: int, path: str) -> None:
+    """Somebody writes into a file."""
+
+    def write() -> None:
+        data = bytearray(Path(path).read_bytes())
+        data[-2] ^= 1
+        Path(path).write_bytes(data)
+
+    at_call(where, number, write)
+
+
+def touched(where: str, number: int, path: str) -> None:
+    """Somebody writes a file again as it was."""
+    at_call(where, number, lambda: Path(path).write_bytes(Path(path).read_bytes()))
+
+
+def vanishing(where: str, number: int, folder: str) -> None:
+    """Somebody removes a folder."""
+    at_call(where, number, lambda: shutil.rmtree(folder))
+
+
+def clock(seconds: int) -> None:
+    """The clock is set ahead or back while the command runs."""
+    import time
+
+    real, calls = time.time, 0
+
+    def jumped() -> float:
+        nonlocal calls
+        calls += 1
+        return real() + (seconds if calls > 1 else 0)
+
+    time.time = jumped
+
+
+def no_space(where: str, number: int) -> None:
+    """The disk is full at the ``number``-th call of ``where``, and at no other."""
+    import errno
+
+    def fail() -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    at_call(where, number, fail)
+
+
+def little_memory(more: int) -> None:
+    """This process may take ``more`` bytes of address space on top of what it has."""
+    import resource
+
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    limit = pages * os.sysconf("SC_PAGE_SIZE") + more
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))

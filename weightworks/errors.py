@@ -30,6 +30,10 @@ class CheckpointError(WeightworksError):
     """An input checkpoint is missing, incomplete, corrupt, or of a kind we do not read."""
 
 
+class SourceChangedError(CheckpointError):
+    """An input changed while it was read: what was made of it is of neither content, and is thrown away."""
+
+
 class OutputError(WeightworksError):
     """The target cannot be written: it exists, is read-only, or the disk is too small."""
 
@@ -64,6 +68,15 @@ class VerificationError(WeightworksError):
     """The saved output does not say what the run computed; it is left in the staging folder."""
 
     exit_code = 4
+
+
+def unreachable(error: OSError) -> WeightworksError:
+    """What the operating system has against reading or writing a file, in a sentence: it vanished, or its disk did."""
+    reason = error.strerror or (str(error).strip() or type(error).__name__).splitlines()[0]
+    where = f"{error.filename}: " if error.filename else ""
+    return WeightworksError(
+        f"{where}cannot be read or written ({reason})", hint="see that it is there, and run the same command again"
+    )
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

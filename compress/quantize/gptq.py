@@ -20,10 +20,11 @@ from compress.grids import AnyGrid, grouped
 from compress.hessian import Drifted, Factor, Hessian, drift, factor
 from compress.schemes import HARDWARE, AnyScheme, GridOptions
 from compress.sweep import COLD, Rounding, block_size, output_energy, relative_loss, sweep
+from weightworks.stage.budget import Budget
 from weightworks.stage.protocols import Solution, Target
 from weightworks.stage.tweaking import Tweak
 from weightworks.store.floats import FloatScheme
-from weightworks.store.packing import Encoded
+from weightworks.store.packing import Encoded, IntScheme
 
 PAPER = "Frantar et al. 2022, arXiv:2210.17323"
 VERSION = 1
@@ -51,6 +52,8 @@ class Options(GridOptions):
     def _orderly(self) -> Self:
         if self.act_order == "dynamic" and (self.scheme in HARDWARE or self.scheme in LEVELS):
             raise ValueError(f"scheme {self.scheme} keeps groups of neighbours: act_order must be static or none")
+        if self.act_order == "dynamic" and self.budgeted:
+            raise ValueError("a budget needs groups of neighbours: act_order must be static or none")
         return self
 
 
@@ -127,6 +130,9 @@ class Method:
     def scheme(self) -> AnyScheme:
         return self.options.any_scheme(reordered=self.options.act_order == "dynamic")
 
+    def budget(self) -> Budget | None:
+        return self.options.allowance()
+
     def tweak(self) -> Tweak | None:
         return norms.tweak(self.options)
 
@@ -145,6 +151,8 @@ class Method:
     def solve(self, weights: list[torch.Tensor], seen: Hessian | Seen, targets: Sequence[Target]) -> list[Solution]:
         options, scheme = self.options, self.scheme()
         statistics = seen.statistics if isinstance(seen, Seen) else seen
+        if isinstance(own := targets[0].scheme, IntScheme):
+            scheme = own
         inputs = seen.largest.value if isinstance(seen, Seen) else torch.zeros(())
         heights = [weight.shape[0] for weight in weights]
         if isinstance(scheme, FloatScheme) and scheme.rows > 1:  # no band of rows reaches into the next weight

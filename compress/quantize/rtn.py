@@ -12,9 +12,10 @@ import torch
 from compress import norms, ranges
 from compress.grids import grouped
 from compress.schemes import GridOptions
+from weightworks.stage.budget import Budget
 from weightworks.stage.protocols import Solution, Survey, Target
 from weightworks.stage.tweaking import Tweak
-from weightworks.store.packing import Scheme
+from weightworks.store.packing import IntScheme, Scheme
 
 PAPER = "the baseline of every paper; clipping search as in the GPTQ repository (IST-DASLab/gptq)"
 VERSION = 1
@@ -37,6 +38,9 @@ class Method:
         """The ranges of tensors, where a format has a scale for each."""
         return [ranges.survey(self.scheme())] if ranges.needed(self.scheme()) else []
 
+    def budget(self) -> Budget | None:
+        return self.options.allowance()
+
     def tweak(self) -> Tweak | None:
         return norms.tweak(self.options)
 
@@ -44,8 +48,9 @@ class Method:
         top, inputs, fallbacks = weight.abs().max(), torch.zeros(()), []
         if target.found is not None:
             top, inputs = (torch.tensor(target.found[key]) for key in ("weight", "inputs"))
-        grid = self.options.grid(self.options.any_scheme(), target, top, inputs)
-        groups = grouped(weight, self.options.group_size)  # [out, groups, group]
+        scheme = target.scheme if isinstance(target.scheme, IntScheme) else self.options.any_scheme()
+        grid = self.options.grid(scheme, target, top, inputs)
+        groups = grouped(weight, scheme.group_size)  # [out, groups, group]
         scale, zero = grid.fit(groups)
         quantized = grid.encoded(grid.codes(groups, scale, zero), scale, zero)
         error = (quantized.dequantize() - weight).square().sum() / weight.square().sum().clamp(min=1e-30)

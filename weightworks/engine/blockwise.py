@@ -265,16 +265,18 @@ class Written:
         if name not in self.job.changed:
             stored = self.job.view.read(name)  # as it is copied: a sum with an adapter is rounded first
             return stored if dtype is None else stored.to(dtype)
-        if name not in self.job.linears or self.job.format is None or self.job.scheme is None:
+        if name not in self.job.linears or self.job.format is None:
             return self.writer.read(name, dtype)
-        weight = self.job.format.load(self.writer, self.job.linears[name].base, self.job.scheme).dequantize()
+        linear = self.job.linears[name]
+        weight = self.job.format.load(self.writer, linear.base, self.job.scheme_of(linear)).dequantize()
         return weight if dtype is None else weight.to(dtype)
 
     def inputs(self, name: str) -> Callable[[torch.Tensor], torch.Tensor] | None:
         """What is done to inputs [..., in] before weight ``name`` multiplies them; None if nothing."""
         if not self.is_packed(name):
             return None
-        return inputs_of(self.writer, self.job.linears[name].base, self.job.scheme)
+        linear = self.job.linears[name]
+        return inputs_of(self.writer, linear.base, self.job.scheme_of(linear))
 
     def is_packed(self, name: str) -> bool:
         """Whether ``read`` decodes the tensor."""

@@ -49,6 +49,11 @@ class CombineJob:
     returns_tuple: int = field(init=False, default=0)
     format: Format | None = field(init=False, default=None)
 
+    @property
+    def watched(self) -> list[Checkpoint]:
+        """What is read, and must not change meanwhile."""
+        return [*(one.store for one in self.adapters), *([self.base] if self.base else [])]
+
     def __post_init__(self) -> None:
         problems = [f"{self.label} {text}" for text in self.options.lengths(len(self.adapters))]
         if problems:

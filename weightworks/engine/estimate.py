@@ -9,17 +9,19 @@ import math
 import re
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from weightworks.engine.job import Job
+from weightworks.engine.job import Job, packed_bytes
 from weightworks.engine.machine import free_memory, resident, speeds
 from weightworks.engine.reducing import ReduceJob
+from weightworks.engine.units import SHARES, sensed
 from weightworks.errors import ResourceError
 from weightworks.stage.protocols import by_gradients
+from weightworks.store.mixed import all_of
 from weightworks.stream.linears import Linear
 from weightworks.stream.passes import batch_windows
 
@@ -92,6 +94,11 @@ def estimate(
     """The estimate for ``tokens`` calibration windows of a length, held-out ones among them (None: data-free), and ``probe``
     windows."""
     sizes = sizes_of(job, tokens, probe, dtype)
+    branches = branches_of(job, tokens)
+    if branches:
+        sizes = replace(
+            sizes, activations=sizes.activations + branches * sizes.activations // tokens[0] if tokens else 0
+        )
     limit = job.settings.memory_limit or free_memory() + resident()
     on_disk, statistics = False, sizes.statistics
     scratch = (2 * sizes.activations + 4 * sizes.probe) if tokens else 0
@@ -117,9 +124,10 @@ def estimate(
     reload_blocks = reloadable(job, sizes, max(lean.values()))
     phases["reloading the result"] = reloading(sizes, reload_blocks)
     name = max(phases, key=lambda phase: phases[phase])
+    written = job.weight_bytes if isinstance(job, ReduceJob) else bounded_bytes(job)
     return Estimate(
-        output_bytes=job.weight_bytes,
-        disk_bytes=job.weight_bytes + scratch,
+        output_bytes=written,
+        disk_bytes=written + scratch,
         peak_bytes=phases[name],
         peak_phase=name,
         seconds=_seconds(job, tokens, probe, dtype),
@@ -128,6 +136,28 @@ def estimate(
         statistics_bytes=statistics,
         reload_blocks=reload_blocks,
     )
+
+
+def bounded_bytes(job: Job) -> int:
+    """Bytes of the weight files; under a budget the most that they can be."""
+    if job.budget is None or job.budget.increase is not None:
+        return job.weight_bytes
+    if job.budget.nbytes is not None:
+        return job.budget.nbytes
+    assert job.budget.bits is not None
+    largest = sum(
+        packed_bytes(one, scheme) for one in job.linears.values() if (scheme := job.scheme_of(one)) is not None
+    )
+    weights = sum(math.prod(linear.shape) for linear in job.linears.values())
+    return job.weight_bytes - (max(0, largest - int(job.budget.bits * weights / 8)) if job.format is not None else 0)
+
+
+def branches_of(job: Job | ReduceJob, tokens: tuple[int, int] | None) -> int:
+    """Windows of noisy models that pass the blocks beside the calibration windows, where bits are chosen layer by layer."""
+    if tokens is None or isinstance(job, ReduceJob) or job.budget is None:
+        return 0
+    units = sum(len(_inputs(block)) for block in job.blocks)
+    return units * (len(SHARES) + 2 * job.budget.neighbours) * sensed(*tokens)
 
 
 def refuse(estimate: Estimate, target: Path) -> None:
@@ -199,7 +229,8 @@ def sizes_of(job: Job | ReduceJob, tokens: tuple[int, int] | None, probe: tuple[
         inner_count=batch * max(linear.shape[0] for linear in linears),
         logits=4 * probe[1] * config.vocab_size,
         width=dtype.itemsize,
-        decodes_early=job.format is None or (job.scheme is not None and not job.scheme.symmetric),
+        decodes_early=job.format is None
+        or (job.scheme is not None and not all(one.symmetric for one in all_of(job.scheme))),
     )
 
 
@@ -339,5 +370,17 @@ def _seconds(job: Job | ReduceJob, tokens: tuple[int, int] | None, probe: tuple[
         moments = sum(count * width**2 + 2 / 3 * 3 * width**3 for _, width in inputs) * 1.5 / speed["float32"]
         work += moments * (1 + 2 * job.paired)  # what pairs add is not symmetric
         work += sum(2 * linear.shape[0] * linear.shape[1] ** 2 for linear in job.linears.values()) / speed["float32"]
+    if tokens and (branches := branches_of(job, tokens)) and not isinstance(job, ReduceJob):
+        assert job.budget is not None
+        vocabulary = (
+            skeleton.model.config.get_text_config().vocab_size * skeleton.model.config.get_text_config().hidden_size
+        )
+        work += 2.0 * branches * tokens[1] * (weights / 2 + vocabulary) / speed["float32"]
+        work *= 1 + (job.budget.increase is not None)  # a trial at least
+        work += (
+            len(job.budget.choices)
+            * sum(2 * linear.shape[0] * linear.shape[1] ** 2 for linear in job.linears.values())
+            / speed["float32"]
+        )
     moved = (3 if tokens else 2) * job.checkpoint.nbytes + 3 * job.weight_bytes
     return SLACK * work + moved / BYTES_A_SECOND + 3.0

@@ -50,6 +50,11 @@ class ExtractJob:
     format: Format | None = field(init=False, default=None)
     left: dict[str, str] = field(init=False, default_factory=dict)  # tensors that changed and are not in the adapter
 
+    @property
+    def watched(self) -> list[Checkpoint]:
+        """What is read, and must not change meanwhile."""
+        return [self.base, self.tuned]
+
     def __post_init__(self) -> None:
         self._check()
         self.skeleton = build(DenseView(self.base), trust_remote_code=self.settings.trust_remote_code)

@@ -24,18 +24,21 @@ import weightworks
 from weightworks.errors import CheckpointError, MethodError
 from weightworks.report.card import model_card
 from weightworks.report.progress import Progress
+from weightworks.stage.budget import Budget, budget_of
 from weightworks.stage.protocols import Solution, Target
 from weightworks.stage.settings import Settings
 from weightworks.stage.tweaking import Tweak, tweak_of
 from weightworks.store.adapted import AdaptedCheckpoint
 from weightworks.store.adapters import Adapter
 from weightworks.store.checkpoint import FACTORS, MASKS, Checkpoint
+from weightworks.store.compressed import MIXED
 from weightworks.store.dense import DenseView
 from weightworks.store.factors import factor_specs
 from weightworks.store.formats import find_format
 from weightworks.store.layout import Format
 from weightworks.store.manifest import made_by, read_provenance
 from weightworks.store.masks import SUFFIX, Masks, mask_spec, pack_bits
+from weightworks.store.mixed import MixedScheme, elements
 from weightworks.store.packing import Scheme
 from weightworks.store.rotated import RotatedCheckpoint
 from weightworks.store.shards import planned_bytes
@@ -46,6 +49,8 @@ from weightworks.stream.skeleton import Skeleton, build
 from weightworks.stream.whole import Outline, Subset
 
 NUMERIC = ("torch", "numpy", "scipy", "transformers", "safetensors")  # versions that may change a bit of the output
+
+EXPERTS = r"re:.*\.experts(\..*)?$"  # the target by which transformers finds the scheme of all experts
 
 
 @dataclass
@@ -69,6 +74,12 @@ class Job:
     returns_tuple: int = field(init=False, default=0)  # length of the tuple blocks return, once that is proven
     found: Mapping[str, Any] = field(init=False, default_factory=dict)  # what surveys found, by tensor
     tuned: set[str] = field(init=False, default_factory=set)  # norms that came out changed, by tensor
+    allotted: Mapping[str, Scheme] | None = field(init=False, default=None)  # schemes of weights that have not all one
+
+    @property
+    def watched(self) -> list[Checkpoint]:
+        """What is read, and must not change meanwhile."""
+        return [self.checkpoint, *([self.teacher] if self.teacher else [])]
 
     def __post_init__(self) -> None:
         self.view: DenseView = DenseView(self.checkpoint)
@@ -84,6 +95,8 @@ class Job:
             ignored = [linear for linear in linears if self._ignored(linear.base, linear.module)]
             self.kept.update((linear.tensor, "ignored") for linear in ignored)
             self.blocks.append([linear for linear in linears if linear not in ignored])
+        if self.budget is not None:
+            self.allot(self._largest())
         self._check()
 
     @property
@@ -173,14 +186,61 @@ class Job:
         return hasattr(self.method, "solve") and not hasattr(self.method, "held")
 
     @property
-    def scheme(self) -> Scheme | None:
-        return self.method.scheme()
+    def scheme(self) -> Scheme | MixedScheme | None:
+        """How weights are quantized: all alike, or each as allotted; None if they are not."""
+        if self.allotted is None:
+            found: Scheme | None = self.method.scheme()
+            return found
+        names: dict[tuple[str, ...], Scheme] = {
+            (EXPERTS, one.base) if one.piece.expert is not None else (one.module, one.base): self.allotted[name]
+            for name, one in self.linears.items()
+        }
+        return MixedScheme.of_weights(names)
+
+    def scheme_of(self, linear: Linear) -> Scheme | None:
+        """How one weight is quantized."""
+        return self.method.scheme() if self.allotted is None else self.allotted[linear.tensor]
+
+    @cached_property
+    def budget(self) -> Budget | None:
+        """What the schemes of weights are chosen by; None if they have all one."""
+        return budget_of(self.method)
+
+    @cached_property
+    def choices(self) -> dict[str, list[int]]:
+        """By weight, the numbers of the budget's choices that fit it."""
+        assert self.budget is not None
+        schemes = list(enumerate(self.budget.choices))
+        packing = None if self.options.format == "dense" else MIXED
+        return {
+            name: [number for number, scheme in schemes if self._misfit(linear, scheme, packing) is None]
+            for name, linear in self.linears.items()
+        }
+
+    def _largest(self) -> dict[str, Scheme]:
+        """The schemes with which weights take most: the bound on what a budget can come to."""
+        assert self.budget is not None
+        schemes, linears = self.budget.choices, self.linears
+        return {
+            name: max((schemes[number] for number in fitting), key=lambda one: packed_bytes(linears[name], one))
+            if fitting
+            else schemes[0]
+            for name, fitting in self.choices.items()
+        }
+
+    def allot(self, schemes: Mapping[str, Scheme]) -> None:
+        """Give every weight a scheme of its own; the layout of the output follows."""
+        self.allotted = dict(schemes)
+        for known in ("format", "specs", "weight_bytes"):
+            self.__dict__.pop(known, None)
 
     @cached_property
     def format(self) -> Format | None:
         """The container of quantized weights; None when dense weights are written."""
         name = getattr(self.options, "format", "dense")
-        return None if self.scheme is None or name == "dense" else find_format(name, self.scheme)
+        if self.scheme is None or name == "dense":
+            return None
+        return MIXED if isinstance(self.scheme, MixedScheme) else find_format(name, self.scheme)
 
     def _ignored(self, *names: str) -> bool:
         return any(matches(pattern, name) for pattern in getattr(self.options, "ignored", ()) for name in names)
@@ -197,7 +257,9 @@ class Job:
                 f"{self.checkpoint.root}: norm_tweak is asked for, but no norm inside the blocks has gains",
                 hint="leave it out",
             )
-        if getattr(self.options, "smooth", None) is not None and (self.scheme is None or self.scheme.inputs is None):
+        if getattr(self.options, "smooth", None) is not None and not any(
+            one is not None and one.inputs is not None for one in map(self.scheme_of, self.linears.values())
+        ):
             raise MethodError(
                 f"{self.label}: smooth helps where inputs are rounded, and these are not",
                 hint="use it with --scheme W8A8, FP8, MXFP8 or the like",
@@ -222,22 +284,23 @@ class Job:
 
     def _misfits(self) -> dict[str, str]:
         """Weights that do not fit method, scheme or container, each with the reason."""
-        scheme, problems = self.scheme, {}
-        for linear in self.linears.values():
-            expert = linear.piece.expert is not None
-            if hasattr(self.method, "refusal") and (reason := self.method.refusal(linear.shape)):
-                problems[linear.tensor] = reason
-            elif scheme is None:
-                continue
-            elif scheme.group_size != -1 and linear.shape[1] % scheme.group_size:
-                problems[linear.tensor] = (
-                    f"width {linear.shape[1]} is not divisible by the group size {scheme.group_size}"
-                )
-            elif self.format and (
-                reason := self.format.refusal(scheme, linear.shape, transposed=linear.transposed, expert=expert)
-            ):
-                problems[linear.tensor] = reason
-        return problems
+        found = {
+            name: self._misfit(linear, self.scheme_of(linear), self.format) for name, linear in self.linears.items()
+        }
+        return {name: reason for name, reason in found.items() if reason is not None}
+
+    def _misfit(self, linear: Linear, scheme: Scheme | None, format_: Format | None) -> str | None:
+        """Why a weight does not fit method, scheme or container; None if it does."""
+        if hasattr(self.method, "refusal") and (reason := self.method.refusal(linear.shape)):
+            return str(reason)
+        if scheme is None:
+            return None
+        if scheme.group_size != -1 and linear.shape[1] % scheme.group_size:
+            return f"width {linear.shape[1]} is not divisible by the group size {scheme.group_size}"
+        expert = linear.piece.expert is not None
+        if format_ is None:
+            return None
+        return format_.refusal(scheme, linear.shape, transposed=linear.transposed, expert=expert)
 
     @cached_property
     def specs(self) -> list[TensorSpec]:
@@ -245,10 +308,7 @@ class Job:
         specs: list[TensorSpec] = []
         for spec in self.checkpoint.specs:
             linear = self.linears.get(spec.name)
-            if linear is None or self.format is None or self.scheme is None:
-                specs.append(spec)
-            else:
-                specs += self.format.specs(linear.base, linear.shape, self.scheme, spec.dtype)
+            specs += [spec] if linear is None or self.format is None else self.specs_of(linear)
         return specs
 
     @cached_property
@@ -298,7 +358,8 @@ class Job:
         )  # it stores zero - 1, so 0 cannot be held
         place, found = self.block_of[linear.tensor], self.found.get(linear.tensor)
         keep = found if isinstance(found, int) else None
-        return Target(linear.tensor, scale_dtype, int(first_version), place, keep, linear.dtype, found)
+        scheme = None if self.allotted is None else self.allotted[linear.tensor]
+        return Target(linear.tensor, scale_dtype, int(first_version), place, keep, linear.dtype, found, scheme)
 
     def stored(self, linear: Linear, solution: Solution) -> dict[str, torch.Tensor]:
         """The tensors that will stand for a solved weight, and for its mask."""
@@ -323,6 +384,8 @@ class Job:
         row: dict[str, Any] = {"tensor": linear.tensor, "shape": list(linear.shape), "method": self.label}
         if not isinstance(solution.weight, torch.Tensor):
             row["bits"] = solution.weight.scheme.bits
+            if self.allotted is not None:
+                row["group_size"] = solution.weight.scheme.group_size
         if solution.mask is not None:
             row["kept"] = int(solution.mask.sum())
             row["sparsity"] = 1 - row["kept"] / solution.mask.numel()
@@ -337,9 +400,10 @@ class Job:
         return row
 
     def specs_of(self, linear: Linear) -> list[TensorSpec]:
-        if self.format is None or self.scheme is None:
+        """The tensors that will stand for a weight."""
+        if self.format is None:
             return [TensorSpec(linear.tensor, linear.shape, linear.dtype)]
-        return self.format.specs(linear.base, linear.shape, self.scheme, linear.dtype)
+        return self.format.specs(linear.base, linear.shape, self.scheme_of(linear), linear.dtype)
 
     def uncovered(self) -> list[str]:
         """One line a matrix that is as large as those changed, yet of a kind (fused experts) that is left as it is."""
@@ -456,11 +520,16 @@ def identity_of(job: Identified, **facts: Any) -> dict[str, Any]:
     }
 
 
+def packed_bytes(linear: Linear, scheme: Scheme) -> int:
+    """Bytes of all that is stored for a weight of a scheme in compressed-tensors' layouts."""
+    return sum(spec.nbytes for spec in MIXED.specs(linear.base, linear.shape, scheme, linear.dtype))
+
+
 def refuse_packed(view: DenseView) -> None:
     """Raise :class:`MethodError` for a checkpoint that is quantized."""
     if view.format is not None and view.scheme is not None:
         raise MethodError(
-            f"{view.checkpoint.root}: is already quantized ({view.format.name}, {view.scheme.element})",
+            f"{view.checkpoint.root}: is already quantized ({view.format.name}, {elements(view.scheme)})",
             hint="start from the dense checkpoint it was made from",
         )
 

@@ -94,6 +94,11 @@ class MergeJob:
     skeleton: Any = field(init=False, default=None)  # of the written output, once it is there
     returns_tuple: int = field(init=False, default=0)
 
+    @property
+    def watched(self) -> list[Checkpoint]:
+        """What is read, and must not change meanwhile."""
+        return [one.checkpoint for one in (*self.models, *([self.base] if self.base else []))]
+
     def __post_init__(self) -> None:
         self._check_architectures()
         self.planner = self.planner or OneMethod(self.method)

@@ -109,6 +109,11 @@ class ReduceJob:
     found: Any = field(init=False, default=None)
     returns_tuple: int = field(init=False, default=0)
 
+    @property
+    def watched(self) -> list[Checkpoint]:
+        """What is read, and must not change meanwhile."""
+        return [self.checkpoint]
+
     def __post_init__(self) -> None:
         self.view = DenseView(self.checkpoint)
         refuse_packed(self.view)

@@ -68,6 +68,7 @@ def _stage(plan: Plan, step: Step) -> dict[str, Any]:
         "fallbacks": provenance.get("fallbacks", []),
         "error": str(step.error) if step.error is not None else None,
         "rows": provenance.get("report", []),
+        **({"allocation": provenance["allocation"]} if "allocation" in provenance else {}),
     }
 
 

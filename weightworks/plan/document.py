@@ -16,6 +16,7 @@ from weightworks.plan.located import UNKNOWN, Item, Place, Problems
 
 CORE = "tag:yaml.org,2002:"
 DEEPEST = 40  # levels of nesting; recipes have five
+MOST_BYTES = 8_000_000  # of a file; one of thousands of stages is a tenth of it
 MOST = 300_000  # values, those of aliases counted wherever they are used: a page of aliases can stand for billions
 TEXT = ("str", "timestamp", "merge", "value", "!")  # a date is text, and so are a lone '<<' and '='
 
@@ -23,6 +24,8 @@ TEXT = ("str", "timestamp", "merge", "value", "!")  # a date is text, and so are
 def load(path: Path, problems: Problems, *, hint: str = "give a recipe file, see recipes/") -> Item:
     """The document at ``path``; raises :class:`UsageError` with file and line if it cannot be read as YAML."""
     try:
+        if path.stat().st_size > MOST_BYTES:
+            raise UsageError(f"{path}: larger than {MOST_BYTES:,} bytes, which no recipe is", hint=hint)
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
@@ -62,7 +65,7 @@ def parse(text: str, file: str, problems: Problems) -> Item:
         raise Unreadable(
             f"not valid YAML: {seen} cannot stand in a text file", text.count("\n", 0, position) + 1
         ) from None
-    except OverflowError:  # an escape beyond the last character
+    except (OverflowError, ValueError):  # an escape beyond the last character
         line = text.count("\n", 0, max(text.find("\\U"), 0)) + 1
         raise Unreadable("not valid YAML: an escape \\U names no character", line) from None
     except RecursionError:
@@ -75,7 +78,8 @@ class _Nodes:
 
     def __init__(self, file: str, problems: Problems) -> None:
         self.file, self.problems = file, problems
-        self.count, self.depth = 0, 0
+        self.count = 0
+        self.above: set[int] = set()  # ids of the nodes that the one at hand stands in
         self.pairs: dict[int, dict[str, tuple[Any, Place]] | None] = {}  # by id of node; None while being made
 
     def item(self, node: Any, place: Place) -> Item:
@@ -87,14 +91,14 @@ class _Nodes:
             return self._scalar(node, place)
         if node.tag not in (f"{CORE}map", f"{CORE}seq"):
             return self._fault(place, f"the tag {_short(node.tag)} is not known here; a recipe holds plain values")
-        self.depth += 1
-        if self.depth > DEEPEST:
-            found = self._fault(place, f"values are nested more than {DEEPEST} deep, or hold themselves by an alias")
-        elif node.tag.endswith("seq"):
+        if id(node) in self.above or len(self.above) >= DEEPEST:  # at once: each turn of a circle may double them
+            return self._fault(place, f"values are nested more than {DEEPEST} deep, or hold themselves by an alias")
+        self.above.add(id(node))
+        if node.tag.endswith("seq"):
             found = Item([self.item(inner, self._line(inner, node)) for inner in node.value], place)
         else:
             found = Item({name: self.item(inner, at) for name, (inner, at) in self._pairs(node).items()}, place)
-        self.depth -= 1
+        self.above.remove(id(node))
         return found
 
     def _pairs(self, node: Any) -> dict[str, tuple[Any, Place]]:

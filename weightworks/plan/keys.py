@@ -24,6 +24,7 @@ import weightworks
 from weightworks.errors import WeightworksError
 from weightworks.plan.graph import Recipe, Stage
 from weightworks.stage import catalog
+from weightworks.stage.budget import budget_of
 from weightworks.stage.settings import Settings
 from weightworks.stage.tweaking import tweak_of
 from weightworks.store.sources import Digests, folders
@@ -114,7 +115,7 @@ def reads_text(method: Any) -> bool:
     merges = hasattr(method, "merge")  # their surveys are others
     surveys = method.surveys() if hasattr(method, "surveys") and not merges else ()
     smooths = hasattr(method, "smoother") or getattr(getattr(method, "options", None), "smooth", None) is not None
-    steps = smooths or tweak_of(method) is not None
+    steps = smooths or tweak_of(method) is not None or budget_of(method) is not None
     return steps or shaped_by_text(method) or any(survey.watch is not None for survey in surveys)
 
 

@@ -12,7 +12,7 @@ from weightworks.errors import CheckpointError
 from weightworks.plan.keys import environment
 from weightworks.plan.reader import NAME
 from weightworks.stage import catalog
-from weightworks.store.manifest import read_provenance
+from weightworks.store.manifest import read_provenance, understood
 
 NUMERIC = ("torch", "numpy", "scipy", "transformers", "safetensors", "machine", "threads")
 
@@ -80,13 +80,19 @@ def lineage(root: Path) -> Lineage:
             hint="give an output folder of compress or merge",
         )
     found, name = Lineage(), root.resolve().name
-    found.add(provenance, name if NAME.fullmatch(name) else None)  # the model card bears the folder's name
+    with understood(root):
+        found.add(provenance, name if NAME.fullmatch(name) else None)  # the model card bears the folder's name
     return found
 
 
 def rebuild(root: Path) -> str:
     """A recipe, as YAML, whose last stage has the bytes of ``root`` again where versions and machine are the same."""
     found = lineage(root)
+    with understood(root):
+        return _recipe(root, found)
+
+
+def _recipe(root: Path, found: Lineage) -> str:
     last = list(found.stages)[-1]
     document: dict[str, Any] = {
         "version": 1,

@@ -65,6 +65,11 @@ class SelectJob:
     def options(self) -> Any:
         return self.method.options
 
+    @property
+    def watched(self) -> list[Checkpoint]:
+        """What is read, and must not change meanwhile."""
+        return [self.checkpoint, *([self.teacher] if self.teacher else [])]
+
     def __post_init__(self) -> None:
         settings = self.settings
         if settings.dataset in ("builtin", "self"):

@@ -13,6 +13,7 @@ import torch
 
 from weightworks.engine.beside import AdapterJob, Beside, finish_adapter
 from weightworks.engine.blockwise import Blockwise, Written, prove_first
+from weightworks.engine.budgeting import allot, allowed, check_budget
 from weightworks.engine.estimate import Estimate, estimate, refuse
 from weightworks.engine.executor import Executor
 from weightworks.engine.finish import copy_rest, finish, stream_perplexity
@@ -44,7 +45,7 @@ from weightworks.stage.protocols import by_gradients
 from weightworks.stage.settings import Settings
 from weightworks.store.checkpoint import FACTORS, Checkpoint
 from weightworks.store.manifest import changed_files, read_provenance
-from weightworks.store.packing import told
+from weightworks.store.mixed import in_words
 from weightworks.store.rotated import RotatedCheckpoint
 from weightworks.store.sources import file_digest
 from weightworks.store.writer import CheckpointWriter, check_target
@@ -122,6 +123,8 @@ def run_stage(
         if hasattr(method, "reduces")
         else make(*parts, original, chosen_by(settings.dataset, called))
     )
+    if isinstance(job, Job):
+        check_budget(job)
     text: Text | None = None
     if isinstance(job, Job) and trains(method):
         check_trainable(job)
@@ -183,7 +186,7 @@ def execute(
 ) -> dict[str, Any]:
     """Do the work, verify and publish; a failure or interruption leaves the staging folder for the next run."""
     settings = job.settings
-    settled = not isinstance(job, ReduceJob) or job.plan.settled
+    settled = job.plan.settled if isinstance(job, ReduceJob) else job.budget is None
     writer = CheckpointWriter(
         job.target,
         job.specs if settled else (),
@@ -199,10 +202,15 @@ def execute(
             assert calibration is not None
             run = Run(writer, calibration, probe, dtype, costs.on_disk, costs.statistics_bytes)
             return reduce(job, run, identity, calibrated(job, calibration, dtype), costs.reload_blocks)
+        allotted = {}
+        if job.budget is not None:
+            assert calibration is not None
+            allotted = allot(job, writer, identity, calibration, probe, dtype, costs)
         results = worked(job, writer, text, probe, dtype, costs, executor)
         facts: dict[str, Any] = {
             **({} if isinstance(job, AdapterJob) else {"size": sizes(job, results["rows"])}),
-            **({"format": f"{job.format.name}: {told(job.scheme)}"} if job.format and job.scheme else {}),
+            **({"format": f"{job.format.name}: {in_words(job.scheme)}"} if job.format and job.scheme else {}),
+            **allotted,
             "quality": {key: results[key] for key in ("dense", "result")},
             **({"rotation": rotation_facts(job.checkpoint)} if isinstance(job.checkpoint, RotatedCheckpoint) else {}),
             **{key: results[key] for key in ("smoothing", "training", "renormalisation", "norms") if key in results},
@@ -298,8 +306,8 @@ def calibrated(job: Job | ReduceJob, text: Text, dtype: torch.dtype) -> dict[str
 
 
 def keep_inputs(target: Path, checkpoints: Iterable[Checkpoint]) -> None:
-    """Refuse a target that is a folder of an input, or holds one."""
-    for root in (root.resolve() for checkpoint in checkpoints for root in checkpoint.roots):
+    """Refuse a target that is a folder of an input, or holds one; from now on a change of an input is noticed."""
+    for root in (root.resolve() for checkpoint in checkpoints if checkpoint.stamps for root in checkpoint.roots):
         if target.resolve() in (root, *root.parents):
             raise OutputError(
                 f"{target}: is an input, or holds one; it would be replaced", hint="choose another --output-dir"
@@ -318,8 +326,8 @@ def short_name(checkpoint: Checkpoint) -> str:
 
 def default_target(checkpoint: Checkpoint, method: str, options: Any) -> Path:
     """The model's name plus what was done, in the current folder: ``tiny-llama-gptq-w4g128``, ``tiny-llama-wanda-2of4``,
-    ``tiny-llama-gptq-w8a8-smooth`` where channels were made alike first, ``-rotated`` where the basis was changed,
-    ``-norms-closed`` where norms were tuned after."""
+    ``tiny-llama-gptq-w8a8-smooth`` where channels were made alike first, ``-rotated`` where they were rotated, ``-norms-closed``
+    where norms were tuned after."""
     parts = [short_name(checkpoint), _done(method, options)]
     if getattr(options, "rotate", False):
         parts.append("rotated")
@@ -337,6 +345,10 @@ def _done(method: str, options: Any) -> str:
     if (share := getattr(options, "sparsity", None)) is not None:
         pattern = getattr(options, "pattern", "unstructured")
         method += f"-s{100 * share:g}" if pattern == "unstructured" else f"-{pattern.replace(':', 'of')}"
+    if (asked := getattr(options, "budget", None)) is not None:
+        return f"{method}-{asked.replace(' ', '').lower()}"
+    if (share := getattr(options, "max_perplexity_increase", None)) is not None:
+        return f"{method}-within-{share.replace(' ', '').replace('%', '')}-percent"
     if (named := hardware({"scheme": getattr(options, "scheme", None)})) is not None:
         return f"{method}-{named.lower().replace('_', '-')}"
     if (bits := getattr(options, "bits", None)) is None:
@@ -365,6 +377,8 @@ def resolved(job: Job | ReduceJob, text: Text | None, dtype: torch.dtype) -> dic
     if job.teacher is not None:
         facts["teacher"] = where(job.teacher)
     facts.update(job.options.resolved())
+    if isinstance(job, Job):
+        facts.update(allowed(job))
     if text is not None:
         facts["training_text" if isinstance(text, Lessons) else "calibration"] = text.told(job.settings.seq_len)
         facts["dtype"] = str(dtype).removeprefix("torch.")

@@ -25,7 +25,9 @@ PROBE_WINDOWS, PROBE_LENGTH = 4, 256  # the check text: enough to tell a broken 
 def calibrate(job: Job | ReduceJob) -> Calibration:
     """The job's calibration windows, as its settings ask for them."""
     count = job.settings.num_samples or CALIBRATION_WINDOWS
-    judged = isinstance(job, Job) and job.tweak is not None
+    judged = isinstance(job, Job) and (
+        job.tweak is not None or (job.budget is not None and job.budget.increase is not None)
+    )
     return read_windows(job, count, max(1, count // HELD_OUT) if judged else 0)
 
 
@@ -75,15 +77,26 @@ def read_windows(job: Job | ReduceJob, count: int, held_out: int = 0) -> Calibra
 
 
 def check_windows(checkpoint: Checkpoint, skeleton: Skeleton, *, trust_remote_code: bool) -> torch.Tensor:
-    """Windows int64 [n, seq] of the built-in check text; seeded random tokens where there is no tokenizer."""
+    """Windows int64 [n, seq] of the built-in check text; seeded random tokens where there is no tokenizer.
+
+    Raises :class:`CalibrationError` for a damaged ``tokenizer.json``, and for one that is not the model's.
+    """
     length = min(PROBE_LENGTH, skeleton.context_length)
+    vocabulary = skeleton.model.config.get_text_config().vocab_size
     try:
         tokenizer = load_tokenizer(checkpoint.root, trust_remote_code=trust_remote_code)
     except CalibrationError:
-        vocabulary = skeleton.model.config.get_text_config().vocab_size
+        if (checkpoint.root / "tokenizer.json").is_file():
+            raise
         generator = torch.Generator().manual_seed(0)
         return torch.randint(vocabulary, (PROBE_WINDOWS, length), generator=generator)
     tokens = encode_all(tokenizer, [verification_text()])
+    if tokens.numel() < 2 or int(tokens.max()) >= vocabulary:
+        seen = f"token {int(tokens.max())}" if tokens.numel() else "no token"
+        raise CalibrationError(
+            f"{checkpoint.root}: its tokenizer gives {seen} for the check text, the model knows {vocabulary} tokens",
+            hint="the tokenizer belongs to another model; put the right one there, or none",
+        )
     length = min(length, tokens.numel() // 2)
     return tokens[: tokens.numel() // length * length].view(-1, length)[:PROBE_WINDOWS]
 

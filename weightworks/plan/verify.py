@@ -16,7 +16,7 @@ from weightworks.store.checkpoint import FACTORS, MASKS, Checkpoint
 from weightworks.store.dense import DenseView
 from weightworks.store.factors import check_factors
 from weightworks.store.gguffile import SUFFIX, decoded, read_gguf
-from weightworks.store.manifest import changed_files, read_provenance
+from weightworks.store.manifest import changed_files, read_provenance, understood
 from weightworks.store.masks import check_masks
 from weightworks.store.sources import folders
 from weightworks.store.writer import check_finite
@@ -45,7 +45,8 @@ def verify(source: str, *, trust_remote_code: bool = False, allow_pickle: bool =
         skeleton = build(view, trust_remote_code=trust_remote_code)
     except WeightworksError as error:
         return [*checks, _check("tensors", False, str(error))]
-    checks.append(_tensors(view, provenance))
+    with understood(root):
+        checks.append(_tensors(view, provenance))
     if (root / MASKS).is_file():
         checks.append(_masks(view))
     if (root / FACTORS).is_file():

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from weightworks.report.allocation import allocation
 from weightworks.report.norms import norms
 from weightworks.report.reduction import parameters
 from weightworks.report.reduction import run_time as time_of_smaller
@@ -63,6 +64,8 @@ def model_card(source: Checkpoint, name: str, provenance: dict[str, Any], dequan
         rows += [("parameters", parameters(reduction)), ("run time", time_of_smaller(reduction))]
     if "quantized_weights" in size:
         rows.append(("bits a weight", f"{size['bits_a_weight']:.3f} in quantized layers, scales included"))
+    if "allocation" in provenance:
+        rows.append(("bits chosen", allocation(provenance["allocation"])))
     if quality:
         rows.append(
             ("perplexity on the built-in check text", f"{quality['dense']:.3f} before, {quality['result']:.3f} after")
@@ -90,7 +93,12 @@ def model_card(source: Checkpoint, name: str, provenance: dict[str, Any], dequan
     degraded = provenance["fallbacks"]
     listed = "\n".join(f"- {line}" for line in degraded)
     return _filled(
-        front=front_matter(source, bits, pruned="kept_weights" in size or factored or reduction is not None),
+        front=front_matter(
+            source,
+            bits,
+            pruned="kept_weights" in size or factored or reduction is not None,
+            mixed=budgeted(options),
+        ),
         name=name,
         sentence=sentence,
         facts="\n".join(f"| {key} | {value} |" for key, value in rows),
@@ -108,8 +116,15 @@ def hardware(options: Mapping[str, Any]) -> str | None:
     return None if name is None or re.fullmatch(r"W\dA16(_ASYM)?", name) else str(name)
 
 
+def budgeted(options: Mapping[str, Any]) -> bool:
+    """Whether bits were chosen layer by layer."""
+    return options.get("budget") is not None or options.get("max_perplexity_increase") is not None
+
+
 def bits_of(options: Mapping[str, Any]) -> int | None:
     """Bits a weight, by the options or by the scheme's name."""
+    if budgeted(options):
+        return None
     named = re.match(r"W(\d)A", options.get("scheme") or "")
     found = options.get("bits") or (named and named.group(1))
     return int(found) if found else None
@@ -123,6 +138,13 @@ def _done(label: str, options: Mapping[str, Any], *, factored: bool) -> str:
     if kind == "recover":
         how = "renormalised" if method == "renormalise" else "trained"
         return f"{how} to win back what pruning cost, zeros held ({method})"
+    if budgeted(options):
+        held = (
+            f"a budget of {options['budget']}"
+            if options.get("budget")
+            else f"+{options['max_perplexity_increase']} of perplexity"
+        )
+        return f"quantized within {held}, bits chosen layer by layer ({method})"
     if kind != "prune" and (hardware(options) is not None or group is None):
         return f"quantized to {options.get('scheme')} ({method})"
     if kind != "prune":
@@ -306,12 +328,12 @@ def made_of(source: Checkpoint) -> list[str]:
     return [source.name] if source.as_stored else source.name.split("+")
 
 
-def front_matter(source: Checkpoint, bits: int | None, *, pruned: bool = False) -> str:
+def front_matter(source: Checkpoint, bits: int | None, *, pruned: bool = False, mixed: bool = False) -> str:
     names = made_of(source)
     known = [f"base_model: {names[0]}"] if len(names) == 1 else ["base_model:", *(f"- {name}" for name in names)]
     lines = [*known, "library_name: transformers", "tags:", "- weightworks"]
-    if bits is not None:
-        lines += ["- quantized", f"- {bits}-bit"]
+    if bits is not None or mixed:
+        lines += ["- quantized", "- mixed-precision" if mixed else f"- {bits}-bit"]
     if pruned:
         lines += ["- pruned"]
     license_ = source_license(source.root)

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
+from weightworks.report.allocation import allocation_chart, allocation_table
 from weightworks.report.charts import Point, depth_chart, pareto_front, quality_chart, swatch
 from weightworks.report.figures import (
     Measure,
@@ -161,6 +162,7 @@ def stage_facts(stage: dict[str, Any], k: int) -> dict[str, Any]:
         "folder": words(stage.get("folder")),
         "key": words(stage.get("key")),
     }
+    chosen = entries(stage.get("allocation"))
     return {
         "id": f"stage-{k}",
         "name": stage["name"],
@@ -168,6 +170,8 @@ def stage_facts(stage: dict[str, Any], k: int) -> dict[str, Any]:
         "state": stage["state"],
         "facts": [(name, value) for name, value in facts.items() if value],
         "error": words(stage.get("error")),
+        "budget": allocation_chart(chosen, f"b{k}"),
+        "allocation": allocation_table(chosen),
         "tensors": tensor_table(shown, error_keys) if rows else None,
         "left_out": f"the {LONGEST:,} largest errors of {len(rows):,} tensors" if len(rows) > LONGEST else "",
     }

@@ -28,7 +28,7 @@ class Target:
     ``name`` is the checkpoint tensor; ``scale_dtype`` the dtype scales are stored in; ``min_zero`` the smallest zero
     point the container can hold. ``block`` is the number of the decoder block it is in. ``keep`` is how many of its
     weights stay, where surveys have shared that out over the model; ``found`` is what else they found of it. ``dtype`` is
-    that of a dense result.
+    that of a dense result. ``scheme`` is the weight's own, where not all have that of the method.
     """
 
     name: str
@@ -38,6 +38,7 @@ class Target:
     keep: int | None = None
     dtype: torch.dtype = field(default_factory=lambda: torch.float32)  # read when first made: torch loads late
     found: Any = None
+    scheme: Scheme | None = None
 
 
 @dataclass

@@ -19,7 +19,8 @@ from typing import Any
 import torch
 
 from weightworks.errors import CheckpointError
-from weightworks.store.checkpoint import Checkpoint, read_json, read_pickle
+from weightworks.store.checkpoint import Checkpoint, read_pickle
+from weightworks.store.documents import read_json
 from weightworks.store.sources import Digests, cache_folder, is_folder, resolve
 from weightworks.store.tensorfile import TensorInfo, read_header
 
@@ -40,6 +41,11 @@ base_model_name_or_path revision task_type auto_mapping peft_version inference_m
 loftq_config eva_config corda_config lora_ga_config megatron_core qalora_group_size
 """.split()  # noqa: SIM905 (a list of thirty strings is harder to read)
 # Ways to start training that change the base's own weights: the adapter alone does not say how.
+LONGEST_PATTERN, OPEN_REPETITIONS, LONGEST_MODULE = (
+    2000,
+    2,
+    300,
+)  # of rank_pattern and alpha_pattern, and what they match
 CHANGES_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq")
 
 
@@ -151,11 +157,39 @@ def _unsupported(config: Mapping[str, Any]) -> Iterator[str]:
     )
     kinds: dict[str, tuple[type, ...]] = {"r": (int,), "lora_alpha": (int, float)}
     for key, allowed in kinds.items():
-        if isinstance(config.get(key), bool) or not isinstance(config.get(key), allowed) or config[key] <= 0:
+        if not _is_positive(config.get(key), allowed):
             yield f"{key} is {config.get(key)!r}, not a positive number"
     for key in ("rank_pattern", "alpha_pattern"):
         if not isinstance(config.get(key) or {}, dict):
             yield f"{key} is not a mapping"
+            continue
+        for pattern, value in (config.get(key) or {}).items():
+            if not _is_positive(value, kinds["r" if key == "rank_pattern" else "lora_alpha"]):
+                yield f"{key}: '{pattern}' is {value!r}, not a positive number"
+            if not is_simple(pattern):
+                yield f"{key}: '{pattern[:80]}' is no expression that is certain to be matched quickly"
+
+
+def _is_positive(value: Any, kinds: tuple[type, ...]) -> bool:
+    return type(value) in kinds and bool(0 < value < math.inf)
+
+
+def is_simple(pattern: str) -> bool:
+    """Whether ``pattern`` is a regular expression that is matched in little time, whatever the name.
+
+    It comes with the adapter, and a hostile one would be tried for years: at most two open repetitions, none of a group.
+    """
+    if len(pattern) > LONGEST_PATTERN:
+        return False
+    bare = re.sub(r"\\.|\[(?:\\.|[^\]\\])*\]", "x", pattern)  # escapes and classes stand for one character
+    repeated = re.search(r"\)[*+{?]|\(\?(?!:)", bare)
+    if repeated or len(re.findall(r"[*+{]", bare)) > OPEN_REPETITIONS:
+        return False
+    try:
+        re.compile(pattern)
+    except (re.error, OverflowError, RecursionError):
+        return False
+    return True
 
 
 def _tensors(root: Path, source: str, config: Mapping[str, Any], allow_pickle: bool) -> Checkpoint:
@@ -186,6 +220,8 @@ def _sorted_out(store: Checkpoint) -> tuple[dict[str, LoRA], dict[str, str]]:
         inner = name.removeprefix(PREFIX)
         if inner == name:
             problems.append(f"{name}: does not begin with {PREFIX}")
+        elif len(inner) > LONGEST_MODULE:
+            problems.append(f"{name[:80]}...: longer than {LONGEST_MODULE} characters")
         elif found := PART.fullmatch(inner):
             part = found["part"] + (".bias" if found["leaf"] == "bias" else "")
             parts.setdefault(found["module"], {})[part] = name

@@ -15,13 +15,15 @@ from typing import Any
 
 import torch
 
-from weightworks.errors import CheckpointError, nearest
-from weightworks.store.sources import Digests, cache_folder, is_folder, parts, resolve
+from weightworks.errors import CheckpointError, SourceChangedError, nearest
+from weightworks.store.documents import is_plain, read_json
+from weightworks.store.sources import Digests, cache_folder, file_digest, is_folder, parts, resolve, stamp
 from weightworks.store.tensorfile import TensorInfo, TensorSpec, read_bytes, read_header
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 PICKLE_INDEX = "pytorch_model.bin.index.json"
+READ = (".safetensors", ".bin")  # files whose change in the middle of a run would be read
 MASKS = "masks.safetensors"  # which weights a pruning kept; see masks.py
 FACTORS = "factors.safetensors"  # what weights are the product of; see factors.py
 
@@ -167,6 +169,25 @@ class Checkpoint:
         return found
 
     @cached_property
+    def stamps(self) -> dict[Path, tuple[int, int, int] | None]:
+        """What tells of a change of the files that are read, as they were when this was first asked for."""
+        paths = [path for root in self.roots for path in sorted(root.iterdir()) if path.suffix in READ]
+        return {path: stamp(path) for path in paths}
+
+    def refuse_changed(self) -> None:
+        """Raise :class:`SourceChangedError` if a file has another content than when ``stamps`` were taken."""
+        for path, before in self.stamps.items():
+            if (now := stamp(path)) == before:
+                continue
+            if now is None or file_digest(path) != self.files.get(path.name):
+                what = "is gone" if now is None else "was changed"
+                raise SourceChangedError(
+                    f"{path}: {what} while it was read; what was made of it is discarded",
+                    hint="run the same command again once nothing writes there",
+                )
+            self.stamps[path] = now  # touched, or written again to the same bytes
+
+    @cached_property
     def digest(self) -> str:
         """sha256 over the names and contents of ``files``."""
         return hashlib.sha256(json.dumps(self.files, sort_keys=True).encode()).hexdigest()
@@ -185,6 +206,11 @@ def _indexed(root: Path, index: str) -> list[str]:
     if not isinstance(mapped, dict) or not all(isinstance(file, str) for file in mapped.values()):
         raise CheckpointError(f"{root / index}: no weight_map", hint="fetch the index again")
     shards = sorted(set(mapped.values()))
+    if strange := [shard for shard in shards if not is_plain(shard)]:
+        raise CheckpointError(
+            f"{root / index}: {strange[0][:80]!r} is not the name of a file in this folder",
+            hint="shards lie beside their index; do not trust this checkpoint",
+        )
     missing = [shard for shard in shards if not (root / shard).is_file()]
     if missing:
         raise CheckpointError(f"{root}: missing shard{'s' * (len(missing) > 1)} {', '.join(missing)} named in {index}")
@@ -217,14 +243,3 @@ def read_pickle(path: Path) -> dict[str, torch.Tensor]:
         if not isinstance(value, torch.Tensor):
             raise CheckpointError(f"{path}: not a pickle of tensors ('{name}' is {type(value).__name__})")
     return state
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not valid JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: a JSON object is expected, found {type(value).__name__}")
-    return value

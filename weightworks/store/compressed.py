@@ -11,6 +11,7 @@ import torch
 from weightworks.errors import CheckpointError
 from weightworks.store.floats import FloatQuantized, FloatScheme
 from weightworks.store.layout import TensorReader, part, shape_of
+from weightworks.store.mixed import MixedScheme
 from weightworks.store.packing import (
     IntScheme,
     Quantized,
@@ -21,7 +22,7 @@ from weightworks.store.packing import (
     unpack_columns,
     unpack_rows,
 )
-from weightworks.store.quantargs import configuration
+from weightworks.store.quantargs import configuration, mixed_configuration
 from weightworks.store.tensorfile import TensorSpec
 
 FLOAT_EXPERTS = (
@@ -221,6 +222,39 @@ class FourBit:
         return FloatQuantized(scheme, codes, scale, whole, inputs)
 
 
+@dataclass(frozen=True)
+class MixedPrecision:
+    """``mixed-precision``: every weight in the layout of its own scheme. What depends on that alone has no answer here."""
+
+    name: str = "compressed-tensors"
+    layout: str = "mixed-precision"
+    marker: str = "weight_scale"  # every layout has one
+    decodes_to: torch.dtype | None = None
+    suffixes: tuple[str, ...] = ("weight", "weight_packed", "weight_scale", "weight_shape", "weight_zero_point",
+                                 "weight_global_scale", "input_global_scale")  # fmt: skip
+
+    def refusal(self, scheme: Scheme, shape: tuple[int, int], *, transposed: bool, expert: bool = False) -> str | None:
+        return layout_of(scheme).refusal(scheme, shape, transposed=transposed, expert=expert)
+
+    def scale_dtype(self, weight_dtype: torch.dtype) -> torch.dtype:
+        return weight_dtype
+
+    def specs(self, base: str, shape: tuple[int, int], scheme: Any, dtype: torch.dtype) -> list[TensorSpec]:
+        return layout_of(scheme).specs(base, shape, scheme, dtype)
+
+    def tensors(self, base: str, weight: Any) -> dict[str, torch.Tensor]:
+        return layout_of(weight.scheme).tensors(base, weight)
+
+    def config(self, scheme: MixedScheme, ignore: Sequence[str], facts: Mapping[str, Any]) -> dict[str, Any]:
+        return mixed_configuration({one: layout_of(one).layout for _, one in scheme.groups}, scheme, ignore)
+
+    def shape(self, reader: TensorReader, base: str) -> tuple[int, int]:
+        raise NotImplementedError("the shape is in the layout of the weight's own scheme")
+
+    def load(self, reader: TensorReader, base: str, scheme: Any) -> Quantized | FloatQuantized:
+        return layout_of(scheme).load(reader, base, scheme)
+
+
 Layout = PackQuantized | EightBit | FourBit
 EIGHT = ("int-quantized", "float-quantized", "mxfp8-quantized")
 FOUR = ("nvfp4-pack-quantized", "mxfp4-pack-quantized")
@@ -229,6 +263,7 @@ LAYOUTS: dict[str, Layout] = {
     **{name: EightBit(name) for name in EIGHT},
     **{name: FourBit(name) for name in FOUR},
 }
+MIXED = MixedPrecision()
 
 
 def layout_of(scheme: Scheme) -> Layout:

@@ -8,6 +8,7 @@ import torch
 
 from weightworks.store.checkpoint import Checkpoint
 from weightworks.store.dense import DenseView
+from weightworks.store.mixed import elements
 from weightworks.store.tensorfile import TensorInfo
 
 
@@ -40,7 +41,7 @@ class DecodedCheckpoint(Checkpoint):
     def remarks(self) -> list[str]:
         assert self.view is not None
         assert self.view.scheme is not None
-        found = [f"{self.name} is quantized ({self.view.scheme.element}): its weights are decoded"]
+        found = [f"{self.name} is quantized ({elements(self.view.scheme)}): its weights are decoded"]
         if any(self.view.inputs(name) is not None for name in self.view.packed_names):
             found.append(f"{self.name} rounds the inputs of its layers too, which decoded weights do not")
         return found

@@ -7,9 +7,12 @@ from functools import cached_property
 
 import torch
 
+from weightworks.errors import CheckpointError
 from weightworks.store.checkpoint import Checkpoint
+from weightworks.store.compressed import MIXED, layout_of
 from weightworks.store.formats import packed_scheme
 from weightworks.store.layout import Format, inputs_of
+from weightworks.store.mixed import MixedScheme, scheme_for
 from weightworks.store.packing import Scheme
 from weightworks.store.tensorfile import TensorInfo, TensorSpec
 
@@ -24,7 +27,7 @@ class DenseView:
         self.checkpoint = checkpoint
         packed = packed_scheme(checkpoint)
         self.format: Format | None = packed[0] if packed else None
-        self.scheme: Scheme | None = packed[1] if packed else None
+        self.scheme: Scheme | MixedScheme | None = packed[1] if packed else None
 
     @property
     def tensors(self) -> Mapping[str, TensorInfo]:
@@ -36,7 +39,16 @@ class DenseView:
         if self.format is None:
             return frozenset()
         ending = "." + self.format.marker
-        return frozenset(name.removesuffix(ending) for name in self.tensors if name.endswith(ending))
+        found = frozenset(name.removesuffix(ending) for name in self.tensors if name.endswith(ending))
+        if lost := sorted(base for base in found if self._scheme(base) is None):
+            raise CheckpointError(
+                f"{self.checkpoint.root}: {len(lost)} packed weights are in no group of quantization_config: {lost[0]}",
+                hint="config.json and tensors disagree",
+            )
+        return found
+
+    def _scheme(self, base: str) -> Scheme | None:
+        return scheme_for(self.scheme, base)
 
     @cached_property
     def names(self) -> list[str]:
@@ -62,14 +74,30 @@ class DenseView:
         """What is done to inputs [..., in] before weight ``name`` multiplies them; None if nothing."""
         if not self.is_packed(name):
             return None
-        return inputs_of(self.checkpoint, name.removesuffix(".weight"), self.scheme)
+        return inputs_of(self.checkpoint, name.removesuffix(".weight"), self.scheme_of(name))
+
+    def scheme_of(self, name: str) -> Scheme | None:
+        """The scheme of a packed tensor; None for others."""
+        return self._scheme(name.removesuffix(".weight")) if self.is_packed(name) else None
+
+    def format_of(self, name: str) -> Format | None:
+        """The layout of a packed tensor; None for others."""
+        scheme = self.scheme_of(name)
+        return self.format if scheme is None or self.format is not MIXED else layout_of(scheme)
+
+    @property
+    def decodes_to(self) -> torch.dtype | None:
+        """The dtype that stock loaders decode some weights to, whatever they are asked for; None if none."""
+        forms = (self.format_of(name) for name in self.packed_names)
+        return next((form.decodes_to for form in forms if form is not None and form.decodes_to), None)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of the dense tensor, from headers alone (GPTQ layouts give [out, in])."""
         if not self.is_packed(name):
             return self.checkpoint.info(name).shape
-        assert self.format is not None
-        return self.format.shape(self.checkpoint, name.removesuffix(".weight"))
+        layout = self.format_of(name)
+        assert layout is not None
+        return layout.shape(self.checkpoint, name.removesuffix(".weight"))
 
     @cached_property
     def dtype(self) -> torch.dtype:
@@ -98,6 +126,7 @@ class DenseView:
         """The dense tensor; a packed weight is decoded to [out, in] in float32."""
         if not self.is_packed(name):
             return self.checkpoint.read(name, dtype)
-        assert self.format is not None and self.scheme is not None
-        weight = self.format.load(self.checkpoint, name.removesuffix(".weight"), self.scheme).dequantize()
+        layout = self.format_of(name)
+        assert layout is not None
+        weight = layout.load(self.checkpoint, name.removesuffix(".weight"), self.scheme_of(name)).dequantize()
         return weight if dtype is None else weight.to(dtype)

@@ -23,6 +23,7 @@ from weightworks.store.ggml import F16, F32, Q8_0, TYPES, BlockType, exact
 from weightworks.store.gguffile import SUFFIX, GgufSpec, Value, opening
 from weightworks.store.ggufmodel import EMBEDDINGS, POSITIONS, Model, Part, model_of
 from weightworks.store.ggufvocabulary import vocabulary_of
+from weightworks.store.mixed import all_of
 from weightworks.store.tensorfile import TensorSpec
 from weightworks.store.writer import CheckpointWriter, check_finite
 
@@ -144,7 +145,7 @@ def _plan(view: DenseView, model: Model, kind: BlockType, remarks: list[str]) ->
         remarks.append(
             f"{again} packed weights do not fit the grid of {kind.name} as they are: they were rounded again"
         )
-    if any(view.inputs(name) is not None for name in view.packed_names):
+    if view.scheme is not None and any(scheme.inputs is not None for scheme in all_of(view.scheme)):
         remarks.append(
             "the folder's layers round their inputs, which the file cannot say: engines of GGUF files do not"
         )

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from weightworks.errors import CheckpointError
-from weightworks.store.checkpoint import read_json
+from weightworks.store.documents import read_json
 from weightworks.store.gguffile import Value
 from weightworks.store.tokenizerfile import CONFIG, FILE, Vocabulary
 

@@ -12,8 +12,8 @@ from weightworks.store.adapted import AdaptedCheckpoint
 from weightworks.store.checkpoint import Checkpoint
 from weightworks.store.dense import DenseView
 from weightworks.store.gguffile import SUFFIX, GgufFile, read_gguf
-from weightworks.store.manifest import read_provenance
-from weightworks.store.packing import told
+from weightworks.store.manifest import read_provenance, understood
+from weightworks.store.mixed import in_words
 from weightworks.store.tensorfile import DTYPE_NAMES
 
 
@@ -30,18 +30,22 @@ def inspect(source: str, *, sparsity: bool = False, allow_pickle: bool = False) 
     view = DenseView(checkpoint)
     tensors = [_row(view, name, sparsity) for name in view.names]
     parameters = sum(row["elements"] for row in tensors)
+    with understood(checkpoint.root):
+        stages = lineage(read_provenance(checkpoint.root))
     return {
         "model": "+".join(map(str, checkpoint.roots)),
-        "architecture": ", ".join(checkpoint.config.get("architectures") or ["unknown"]),
+        "architecture": ", ".join(map(str, _listed(checkpoint.config.get("architectures")) or ["unknown"])),
         "parameters": f"{parameters:,}",
         "bytes": f"{checkpoint.nbytes:,}",
         "bits_a_parameter": round(8 * checkpoint.nbytes / max(parameters, 1), 3),
-        "format": "dense" if view.format is None or view.scheme is None else f"{view.format.name}, {told(view.scheme)}",
+        "format": "dense"
+        if view.format is None or view.scheme is None
+        else f"{view.format.name}, {in_words(view.scheme)}",
         "files": sorted({info.shard for info in checkpoint.tensors.values()}),
         **adapted(checkpoint),
         "tensors": tensors,
         "groups": _groups(tensors),
-        "lineage": lineage(read_provenance(checkpoint.root)),
+        "lineage": stages,
     }
 
 
@@ -69,6 +73,10 @@ def _inspect_gguf(file: GgufFile) -> dict[str, Any]:
         "groups": _groups(tensors),
         "lineage": [],
     }
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
 
 
 def adapted(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -110,12 +118,10 @@ def lineage(provenance: dict[str, Any] | None) -> list[dict[str, Any]]:
 def _row(view: DenseView, name: str, sparsity: bool) -> dict[str, Any]:
     shape = view.shape(name)
     elements = math.prod(shape)
-    if view.format is not None and view.scheme is not None and view.is_packed(name):
+    if (format_ := view.format_of(name)) is not None and (scheme := view.scheme_of(name)) is not None:
         base = name.removesuffix(".weight")
-        parts = [
-            view.tensors[f"{base}.{suffix}"] for suffix in view.format.suffixes if f"{base}.{suffix}" in view.tensors
-        ]
-        size, stored = sum(part.nbytes for part in parts), f"{view.scheme.code} codes"
+        parts = [view.tensors[f"{base}.{suffix}"] for suffix in format_.suffixes if f"{base}.{suffix}" in view.tensors]
+        size, stored = sum(part.nbytes for part in parts), f"{scheme.code} codes"
     else:
         size, stored = view.tensors[name].nbytes, DTYPE_NAMES[view.tensors[name].dtype]
     row = {

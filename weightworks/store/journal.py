@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from weightworks.errors import OutputError
+
 JOURNAL = "journal.jsonl"
 
 
@@ -22,13 +24,25 @@ def read_journal(staging: Path) -> list[dict[str, Any]]:
         try:
             if not line.endswith(b"\n"):
                 break
-            records.append(json.loads(line))
-            good += len(line)
-        except ValueError:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
             break
+        if not _is_record(record, first=not records):
+            raise OutputError(
+                f"{path}: line {len(records) + 1} is no record of weightworks",
+                hint="--no-resume discards what lies there",
+            )
+        records.append(record)
+        good += len(line)
     if good < len(data):
         os.truncate(path, good)
     return records
+
+
+def _is_record(record: Any, *, first: bool) -> bool:
+    """Whether a line has what a reader of journals relies on."""
+    kinds = {"identity": dict, "layout": str} if first else {"step": str, "tensors": dict, "facts": dict}
+    return isinstance(record, dict) and all(isinstance(record.get(key), kind) for key, kind in kinds.items())
 
 
 def difference(old: Mapping[str, Any], new: Mapping[str, Any], path: str = "") -> str:

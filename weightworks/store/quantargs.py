@@ -8,6 +8,7 @@ from typing import Any
 
 from weightworks.store.floats import FloatScheme
 from weightworks.store.inputs import InputScheme
+from weightworks.store.mixed import MixedScheme
 from weightworks.store.packing import IntScheme, Scheme
 
 CT_VERSION = "0.20.0"
@@ -31,8 +32,20 @@ SCALES = {"E8M0": "torch.uint8", "E4M3": "torch.float8_e4m3fn"}  # plain ones ar
 
 def configuration(layout: str, scheme: Scheme, ignore: Sequence[str]) -> dict[str, Any]:
     """The ``quantization_config`` of a model all of whose linear layers but ``ignore`` are of one scheme."""
-    inputs = None if scheme.inputs is None else _input_arguments(scheme.inputs)
-    group = {"targets": ["Linear"], "weights": _arguments(scheme), "input_activations": inputs}
+    return _whole(layout, {"group_0": _group(["Linear"], scheme)}, ignore)
+
+
+def mixed_configuration(layouts: Mapping[Scheme, str], mixed: MixedScheme, ignore: Sequence[str]) -> dict[str, Any]:
+    """That of a model whose layers are of several schemes, each in the layout that ``layouts`` names."""
+    groups = {
+        f"group_{number}": {**_group(targets, scheme), "format": layouts[scheme]}
+        for number, (targets, scheme) in enumerate(mixed.groups)
+    }
+    return _whole("mixed-precision", groups, ignore)
+
+
+def _whole(layout: str, groups: Mapping[str, Any], ignore: Sequence[str]) -> dict[str, Any]:
+    """A ``quantization_config`` around its groups."""
     return {
         "quant_method": "compressed-tensors",
         "format": layout,
@@ -41,7 +54,18 @@ def configuration(layout: str, scheme: Scheme, ignore: Sequence[str]) -> dict[st
         "global_compression_ratio": None,
         "kv_cache_scheme": None,
         "ignore": list(ignore),
-        "config_groups": {"group_0": {**group, "output_activations": None}},
+        "config_groups": dict(groups),
+    }
+
+
+def _group(targets: Sequence[str], scheme: Scheme) -> dict[str, Any]:
+    """An entry of ``config_groups``."""
+    inputs = None if scheme.inputs is None else _input_arguments(scheme.inputs)
+    return {
+        "targets": list(targets),
+        "weights": _arguments(scheme),
+        "input_activations": inputs,
+        "output_activations": None,
     }
 
 

@@ -88,10 +88,23 @@ def _download(source: str, allow_pickle: bool) -> Path:
         ) from None
 
 
+def stamp(path: Path) -> tuple[int, int, int] | None:
+    """Size, time of change and inode of a file, which a change of content changes; None if it is gone."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_size, status.st_mtime_ns, status.st_ino
+
+
 def file_digest(path: Path) -> str:
     """sha256 of a file's bytes, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _is_mark(mark: Any) -> bool:
+    return isinstance(mark, list) and len(mark) == 4 and isinstance(mark[3], str)
 
 
 class Digests:
@@ -102,9 +115,10 @@ class Digests:
         self.fresh: dict[str, list[Any]] = {}
         try:
             known = json.loads(memo.read_text())
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             known = {}
-        self.known: dict[str, list[Any]] = known if isinstance(known, dict) else {}
+        known = known.items() if isinstance(known, dict) else ()
+        self.known: dict[str, list[Any]] = {name: mark for name, mark in known if _is_mark(mark)}
 
     def file(self, path: Path) -> str:
         """The digest of one file."""

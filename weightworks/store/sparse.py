@@ -21,6 +21,7 @@ import torch
 
 from weightworks.errors import CheckpointError, OutputError, VerificationError
 from weightworks.store.checkpoint import MASKS, Checkpoint
+from weightworks.store.documents import is_plain
 from weightworks.store.formats import packed_scheme
 from weightworks.store.masks import SUFFIX, Masks, pack_bits, unpack_bits
 from weightworks.store.sources import file_digest
@@ -33,7 +34,7 @@ from weightworks.store.tensorfile import (
     read_bytes,
     read_header,
 )
-from weightworks.store.writer import CheckpointWriter, check_target, staging_of, writing
+from weightworks.store.writer import CheckpointWriter, check_target, refuse_links, remove, staging_of, writing
 
 MANIFEST, PREFIX, LAYOUT = "sparse.json", "sparse-", 1
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -115,6 +116,7 @@ def densify(source: str, target: Path, *, overwrite: bool = False, say: Say = la
     staging = staging_of(target.absolute())
     with writing(staging):
         staging.mkdir(parents=True, exist_ok=True)
+        refuse_links(staging)
         for file, digest in manifest["files"].items():
             path = staging / file
             if not (path.is_file() and file_digest(path) == digest):
@@ -123,10 +125,10 @@ def densify(source: str, target: Path, *, overwrite: bool = False, say: Say = la
         _copy_others(root, staging, {MANIFEST, *manifest["sparse"]})
         if os.path.lexists(target):
             old = target.with_name(target.name + ".replaced")
-            shutil.rmtree(old, ignore_errors=True)
+            remove(old)
             target.rename(old)
             staging.rename(target)
-            shutil.rmtree(old)
+            remove(old)
         else:
             staging.rename(target)
     return manifest
@@ -140,10 +142,10 @@ def read_manifest(root: Path) -> dict[str, Any]:
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         files = {**manifest["sparse"]} if manifest["layout"] == LAYOUT else {}
-        for name in (*manifest["files"], *files):
-            if Path(name).name != name:
-                raise ValueError(f"{name} is not a file name")
-    except (ValueError, KeyError, TypeError) as error:
+        for name in (*{**manifest["files"]}, *files):
+            if not is_plain(name):
+                raise ValueError(f"{name!r} is not a file name")
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{path}: not a manifest of a sparse export ({error})") from None
     if not files:
         raise CheckpointError(f"{path}: layout {manifest['layout']}, known: {LAYOUT}", hint="use a newer weightworks")
@@ -225,6 +227,14 @@ def _copy_others(root: Path, target: Path, left_out: set[str]) -> None:
 
 def _restored(root: Path, file: str) -> Iterator[torch.Tensor]:
     """The bytes of the file that ``sparse-FILE`` stands for, in pieces: flat tensors of bytes."""
+    try:
+        yield from _decoded(root, file)
+    except (LookupError, TypeError, RuntimeError) as error:  # a tensor is missing, or of another kind or shape
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(f"{root / (PREFIX + file)}: does not decode ({reason})", hint="export it again") from None
+
+
+def _decoded(root: Path, file: str) -> Iterator[torch.Tensor]:
     tensors = read_header(root / f"{PREFIX}{file}")
     header = _read(root, tensors[f"{file}.header"])
     yield header

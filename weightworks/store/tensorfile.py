@@ -98,7 +98,7 @@ def parse_header(raw: bytes, path: Path | str, *, size: int | None = None) -> di
         entries = json.loads(raw[8:])
         entries.pop("__metadata__", None)
         infos = [_entry(path, name, entry, begin) for name, entry in entries.items()]
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise CheckpointError(
             f"{path}: wrong header: not the JSON that safetensors defines ({error})", hint="fetch the file again"
         ) from None
@@ -131,12 +131,15 @@ def _entry(path: Path, name: str, entry: Mapping[str, Any], base: int) -> Tensor
         raise CheckpointError(f"{path}: tensor '{name}' has dtype {entry['dtype']}, known: {', '.join(DTYPES)}")
     shape = entry["shape"]
     begin, end = entry["data_offsets"]
-    if not isinstance(shape, list) or not all(isinstance(n, int) and n >= 0 for n in shape):
+    name.encode()  # a lone surrogate, which JSON can spell, could be written nowhere
+    if not isinstance(shape, list) or not all(type(n) is int and n >= 0 for n in shape):
         raise ValueError(f"tensor '{name}' has shape {shape}")
+    if type(begin) is not int or type(end) is not int:
+        raise TypeError(f"tensor '{name}' has offsets {begin}, {end}")
     spec = TensorSpec(name, tuple(shape), DTYPES[entry["dtype"]])
     if end - begin != spec.nbytes:
         raise ValueError(f"tensor '{name}' spans {end - begin} bytes, its shape needs {spec.nbytes}")
-    return TensorInfo(name, spec.shape, spec.dtype, spec.nbytes, path.name, base + int(begin))
+    return TensorInfo(name, spec.shape, spec.dtype, spec.nbytes, path.name, base + begin)
 
 
 def read_bytes(path: str | Path, offset: int, out: torch.Tensor) -> torch.Tensor:

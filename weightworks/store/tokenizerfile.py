@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from weightworks.errors import CheckpointError
-from weightworks.store.checkpoint import read_json
+from weightworks.store.documents import read_json
 
 FILE, CONFIG = "tokenizer.json", "tokenizer_config.json"
 # Other files that hold a vocabulary: a tokenizer.json with more tokens would contradict them.
@@ -56,7 +56,7 @@ class Vocabulary:
                 **{str(token): int(number) for token, number in pairs},
                 **{name: int(one["id"]) for name, one in added.items()},
             }
-        except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+        except (LookupError, TypeError, ValueError, OverflowError, AttributeError) as error:
             raise CheckpointError(f"{path}: no vocabulary of tokens and ids in it ({error})") from None
         return cls(document, ids, added)
 
@@ -81,6 +81,13 @@ def extended(base: Vocabulary, new: Mapping[str, int], sources: Mapping[str, Voc
     Tokens that were added to their model are added here. Others become part of the model, with those of their source's merge
     rules that make them. Raises :class:`CheckpointError` where the base's kind of model cannot take them.
     """
+    try:
+        return _extended(base, new, sources)
+    except (LookupError, TypeError, AttributeError, ValueError) as error:
+        raise CheckpointError(f"{FILE}: not as the tokenizers library writes it ({error})") from None
+
+
+def _extended(base: Vocabulary, new: Mapping[str, int], sources: Mapping[str, Vocabulary]) -> str:
     document = copy.deepcopy(dict(base.document))
     added = document.setdefault("added_tokens", [])
     plain = [token for token in new if token not in sources[token].added]

@@ -17,7 +17,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import xxhash
@@ -47,6 +47,12 @@ def writing(path: Path) -> Iterator[None]:
             errno.EACCES: "choose a writable place with --output-dir",
         }.get(error.errno or 0, "")
         raise OutputError(f"{error.filename or path}: cannot write: {reason}", hint=hint) from error
+
+
+class Watched(Protocol):
+    """An input of a run."""
+
+    def refuse_changed(self) -> None: ...
 
 
 class CheckpointWriter:
@@ -84,6 +90,7 @@ class CheckpointWriter:
         for shard, members in self.files.items():
             headers[shard], infos = self._header(members, shard)
             self.tensors.update((info.name, info) for info in infos)
+        self.watched: Sequence[Watched] = ()  # what is read; a step is only done if it did not change meanwhile
         self.digests: dict[str, str] = {}
         self.steps: dict[str, dict[str, Any]] = {}
         self._fresh: dict[str, str] = {}
@@ -93,6 +100,7 @@ class CheckpointWriter:
 
     def _open(self, identity: dict[str, Any], headers: Mapping[str, bytes], resume: bool) -> None:
         self.staging.mkdir(parents=True, exist_ok=True)
+        refuse_links(self.staging)
         self._lock = os.open(self.staging / "lock", os.O_RDWR | os.O_CREAT, 0o644)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -151,7 +159,7 @@ class CheckpointWriter:
                 or path.name in (INDEX, "scratch")
                 or (everything and path.name != "lock")
             ):
-                _remove(path)
+                remove(path)
 
     def _reserve(self, shard: str, header: bytes) -> None:
         self._files[shard] = descriptor = os.open(self.staging / shard, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
@@ -279,6 +287,7 @@ class CheckpointWriter:
 
     def done(self, step: str, facts: Mapping[str, Any] | None = None) -> None:
         """Make everything put since the last call durable, and say so in the journal under the name ``step``."""
+        self.refuse_changed()
         with writing(self.staging):
             for descriptor in self._files.values():
                 os.fdatasync(descriptor)
@@ -286,6 +295,11 @@ class CheckpointWriter:
         self.digests.update(self._fresh)
         self.steps[step] = dict(facts or {})
         self._fresh = {}
+
+    def refuse_changed(self) -> None:
+        """Raise :class:`SourceChangedError` if an input is no more what it was when the run began."""
+        for source in self.watched:
+            source.refuse_changed()
 
     def _append(self, record: Mapping[str, Any]) -> None:
         line = (json.dumps(record) + "\n").encode()
@@ -352,6 +366,7 @@ class CheckpointWriter:
 
     def commit(self, only: str | None = None) -> None:
         """Publish: drop journal and scratch, rename the staging folder to the target; or its file ``only``, all else dropped."""
+        self.refuse_changed()
         check_target(self.target, overwrite=self.overwrite)  # again: it may have appeared during the run
         self.close()
         with writing(self.target):
@@ -362,14 +377,14 @@ class CheckpointWriter:
             made = self.staging if only is None else self.staging / only
             if os.path.lexists(self.target):
                 old = self.target.with_name(self.target.name + ".replaced")
-                _remove(old)
+                remove(old)
                 self.target.rename(old)
                 made.rename(self.target)
-                _remove(old)
+                remove(old)
             else:
                 made.rename(self.target)
             if only is not None:
-                _remove(self.staging)
+                remove(self.staging)
             _sync_folder(self.target.parent)
 
     def close(self) -> None:
@@ -390,6 +405,15 @@ class CheckpointWriter:
 def staging_of(target: Path) -> Path:
     """Where unfinished work for ``target`` lies."""
     return target.with_name(target.name + ".partial")
+
+
+def refuse_links(staging: Path) -> None:
+    """Refuse a staging folder that leads elsewhere, or in which something does: writing there would change other files."""
+    for path in (staging, *staging.rglob("*")):
+        if path.is_symlink():
+            raise OutputError(
+                f"{path}: is a link, which no run makes there", hint="remove it, or choose another place with -o"
+            )
 
 
 def check_target(target: Path, *, overwrite: bool) -> None:
@@ -422,7 +446,7 @@ def count_not_finite(tensor: torch.Tensor) -> int:
     return int((~torch.isfinite(values)).sum())
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
     """Remove a folder with all it holds, a file, or a link (never what it points to)."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)

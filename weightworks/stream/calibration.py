@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,6 +18,8 @@ from weightworks.store.sources import is_text_file
 TEXT_FIELDS = ("text", "content", "prompt", "instruction", "question")
 ANSWER_FIELDS = ("input", "context", "response", "completion", "output", "answer")
 CHUNK_CHARACTERS = 1 << 16  # text is tokenised in chunks of about this size, so a huge file is never held twice
+BATCH_ROWS = 64  # of parquet unpacked at a time
+MOST_CHARACTERS = 4_000_000_000  # of its rows
 
 
 class Tokenizer(Protocol):
@@ -75,13 +78,34 @@ class _Fast:
     def __init__(self, path: Path) -> None:
         from tokenizers import Tokenizer as Backend
 
-        self.backend = Backend.from_file(str(path))
+        self.path = path
+        with self._saying():
+            self.backend = Backend.from_file(str(path))
+
+    @contextmanager
+    def _saying(self) -> Iterator[None]:
+        """The library raises bare exceptions, and where it panics even those are none of Python's."""
+        try:
+            yield
+        except BaseException as error:
+            if type(error) is not Exception and type(error).__name__ != "PanicException":
+                raise
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise CalibrationError(
+                f"{self.path}: the tokenizer cannot be used ({reason})", hint="fetch tokenizer.json again"
+            ) from None
 
     def encode(self, text: str) -> list[int]:
-        return self.backend.encode(text, add_special_tokens=False).ids
+        with self._saying():
+            try:
+                return self.backend.encode(text, add_special_tokens=False).ids
+            except TypeError:  # half of a pair of surrogates, which JSON can spell: it stands for no character
+                whole = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+                return self.backend.encode(whole, add_special_tokens=False).ids
 
     def decode(self, tokens: list[int]) -> str:
-        return self.backend.decode(tokens)
+        with self._saying():
+            return self.backend.decode(tokens)
 
 
 class _Slow:
@@ -216,7 +240,7 @@ def _read_file(path: Path) -> list[str]:
             if line.strip():
                 try:
                     rows.append(_row_text(json.loads(line), f"{path}, line {number}"))
-                except ValueError as error:
+                except (ValueError, RecursionError) as error:
                     raise CalibrationError(f"{path}, line {number}: not valid JSON ({error})") from None
         return rows
     if kind == ".parquet":
@@ -225,15 +249,25 @@ def _read_file(path: Path) -> list[str]:
 
 
 def parquet_rows(path: Path) -> list[Any]:
-    """All rows of a parquet file."""
+    """All rows of a parquet file, up to ``MOST_CHARACTERS``: a few kilobytes can stand for any number of equal rows."""
     try:
         import pyarrow
         import pyarrow.parquet
     except ImportError:
         raise CalibrationError(f"{path}: reading parquet needs pyarrow", hint="pip install pyarrow") from None
     try:
-        rows: list[Any] = pyarrow.parquet.read_table(path).to_pylist()
-    except pyarrow.ArrowException as error:
+        rows: list[Any] = []
+        taken = 0
+        with pyarrow.parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=BATCH_ROWS):
+                rows += (more := batch.to_pylist())
+                taken += sum(len(str(row)) for row in more)
+                if taken > MOST_CHARACTERS:
+                    raise CalibrationError(
+                        f"{path}: holds more than {MOST_CHARACTERS:,} characters of rows once unpacked",
+                        hint="give a part of it",
+                    )
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise CalibrationError(f"{path}: cannot be read as parquet: {error}") from None
     return rows
 
@@ -245,7 +279,8 @@ def _row_text(row: Any, where: str) -> str:
     if isinstance(row, dict):
         chat = row.get("messages") or row.get("conversations")
         if isinstance(chat, list):
-            return "\n".join(str(turn.get("content", turn.get("value", ""))) for turn in chat) + "\n\n"
+            turns = [turn if isinstance(turn, dict) else {"content": turn} for turn in chat]
+            return "\n".join(str(turn.get("content", turn.get("value", ""))) for turn in turns) + "\n\n"
         parts = [str(row[key]) for key in (*TEXT_FIELDS, *ANSWER_FIELDS) if row.get(key)]
         if parts:
             return "\n".join(parts) + "\n\n"

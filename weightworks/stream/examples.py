@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from weightworks.errors import CalibrationError
-from weightworks.store.checkpoint import read_json
+from weightworks.store.documents import read_json
 from weightworks.store.sources import is_text_file
 from weightworks.stream.calibration import Tokenizer, hub_rows, load_tokenizer, parquet_rows
 from weightworks.stream.lessons import Lessons, Rows, keyed, set_aside
@@ -297,5 +297,5 @@ def _has_template(root: Path) -> bool:
 def _parsed(line: str) -> Any:
     try:
         return json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None

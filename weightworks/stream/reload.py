@@ -16,8 +16,10 @@ import torch
 
 from weightworks.errors import VerificationError
 from weightworks.store.checkpoint import Checkpoint
+from weightworks.store.compressed import MIXED
 from weightworks.store.dense import DenseView
 from weightworks.store.formats import FORMATS, packed_scheme
+from weightworks.store.mixed import all_of
 from weightworks.stream.memory import ran_out, release, released_at_once
 from weightworks.stream.passes import window_losses
 from weightworks.stream.skeleton import Skeleton
@@ -70,10 +72,11 @@ def stock_losses(
     file is left unread. Raises :class:`VerificationError` when it cannot be loaded.
     """
     view = DenseView(checkpoint)
-    fixed = None if view.format is None else view.format.decodes_to
+    early = [name for name in view.packed_names if (form := view.format_of(name)) is not None and form.decodes_to]
+    fixed = view.decodes_to
     try:
         losses = _losses(checkpoint, tokens, blocks, trust_remote_code, dequantize=False)
-        rounded = view.names if fixed else _experts(skeleton) if view.format is FORMATS["compressed-tensors"] else ()
+        rounded = early or (_experts(skeleton) if view.format in (FORMATS["compressed-tensors"], MIXED) else ())
         return Reload(losses, False, Rounded(view, rounded, inputs=True), fixed)
     except VerificationError:
         if view.format is None or view.format.name != "compressed-tensors":
@@ -128,8 +131,9 @@ def refuse_flat(model: Any, checkpoint: Checkpoint) -> None:
 
     compressed-tensors 0.20 takes one scale for all tokens there (``compute_dynamic_scales_and_zp``), engines do not.
     """
-    scheme = DenseView(checkpoint).scheme
-    if scheme is None or scheme.inputs is None or scheme.inputs.group_size != -1:
+    view = DenseView(checkpoint)
+    schemes = [] if view.scheme is None else all_of(view.scheme)
+    if not any(one.inputs is not None and one.inputs.group_size == -1 for one in schemes):
         return
 
     def see(module: torch.nn.Module, given: tuple[torch.Tensor, ...]) -> None:
@@ -137,7 +141,8 @@ def refuse_flat(model: Any, checkpoint: Checkpoint) -> None:
             raise VerificationError("a layer is handed [tokens, in], for which compressed-tensors takes one scale")
 
     for module in model.modules():
-        if hasattr(module, "quantization_scheme"):
+        inputs = getattr(getattr(module, "quantization_scheme", None), "input_activations", None)
+        if inputs is not None and not inputs.group_size:
             module.register_forward_pre_hook(see)
 
 
@@ -147,9 +152,12 @@ class Rounded:
 
     def __init__(self, view: DenseView, names: Iterable[str], *, inputs: bool = False) -> None:
         self.view, self.is_packed = view, view.is_packed
-        fixed = None if view.format is None else view.format.decodes_to
         scales = {name: view.tensors.get(name.removesuffix("weight") + "weight_scale") for name in names}
-        self.dtypes = {name: fixed or scale.dtype for name, scale in scales.items() if scale is not None}
+        self.dtypes = {
+            name: (form.decodes_to if (form := view.format_of(name)) else None) or scale.dtype
+            for name, scale in scales.items()
+            if scale is not None
+        }
         self.inputs = view.inputs if inputs else _as_given
 
     def read(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:

@@ -7,7 +7,7 @@ checkpoint names to parameters is the one transformers itself uses to load.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,9 +19,12 @@ from torch.utils.hooks import RemovableHandle
 
 from weightworks.errors import ArchitectureError
 from weightworks.store.dense import DenseView
+from weightworks.store.documents import read_json
 from weightworks.stream.memory import release, released_at_once
 
 CONTEXT_KEYS = ("max_position_embeddings", "max_seq_len", "n_positions")  # what configurations call the longest input
+COUNTED = re.compile(r"layer|block|expert|n_head|num_.*head")  # keys of what modules are built by
+MOST_MODULES = 10_000
 UNLIMITED = 1 << 20  # tokens, where a configuration names no limit
 
 
@@ -254,7 +257,7 @@ def _buildable(where: str) -> Iterator[None]:
     """Whatever transformers has against a configuration, in one sentence."""
     try:
         yield
-    except (ValueError, KeyError, ImportError, AttributeError, TypeError, OSError) as error:
+    except Exception as error:  # its kinds of errors are many, and the remedy is one
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ArchitectureError(
             f"{where}: transformers cannot build a causal LM from config.json: {reason}",
@@ -266,8 +269,21 @@ def read_config(root: Path, trust_remote_code: bool) -> Any:
     """The configuration in ``root`` as transformers understands it."""
     from transformers import AutoConfig
 
+    _refuse_endless(read_json(root / "config.json"), root)
     with _buildable(str(root)):
         return AutoConfig.from_pretrained(root, trust_remote_code=trust_remote_code)
+
+
+def _refuse_endless(config: Mapping[str, Any], root: Path) -> None:
+    """Refuse counts of layers that would take transformers hours to build, and then all memory."""
+    for key, value in config.items():
+        if isinstance(value, dict):
+            _refuse_endless(value, root)
+        elif isinstance(value, int | float) and COUNTED.search(key) and not value <= MOST_MODULES:
+            raise ArchitectureError(
+                f"{root}: config.json has {key} {value}, more than {MOST_MODULES:,}",
+                hint="config.json is damaged, or not to be trusted",
+            )
 
 
 def _meta_model(config: Any, where: str, trust_remote_code: bool) -> nn.Module:

@@ -45,8 +45,8 @@ def stored_logits(model: nn.Module, folder: Path, tokens: torch.Tensor, *, dequa
     of their scales, as such a load does; else layers round their inputs where the format says so.
     """
     view = DenseView(Checkpoint.open(folder))
-    fixed = view.format is not None and view.format.decodes_to is not None
-    reader = Rounded(view, view.names if dequantize or fixed else (), inputs=not dequantize)
+    early = [name for name in view.packed_names if (form := view.format_of(name)) is not None and form.decodes_to]
+    reader = Rounded(view, view.names if dequantize else early, inputs=not dequantize)
     missing, unexpected = model.load_state_dict({name: reader.read(name).float() for name in view.names}, strict=False)
     if set(missing) - {"lm_head.weight"} or unexpected:
         raise VerificationError(f"{folder}: tensors missing {missing}, unexpected {unexpected}")
