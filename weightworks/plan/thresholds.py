@@ -23,7 +23,8 @@ from weightworks.plan.working import working
 from weightworks.report.progress import Progress
 from weightworks.stage.settings import Settings
 from weightworks.stage.thresholds import ThresholdOptions
-from weightworks.store.checkpoint import Checkpoint, read_json
+from weightworks.store.checkpoint import Checkpoint
+from weightworks.store.documents import read_json
 from weightworks.store.sources import file_digest
 from weightworks.store.tensorfile import TensorSpec
 from weightworks.store.writer import CheckpointWriter, check_target
