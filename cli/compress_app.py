@@ -17,6 +17,7 @@ from cli.params import JSON, MODEL, QUIET, command, parameters
 from cli.render import emit, pairs, show, table
 from cli.scores import show_scores
 from cli.select import select
+from cli.sparsify import sparsify, sparsify_parameters
 from cli.stats import stats, stats_parameters
 from weightworks.errors import UsageError
 from weightworks.stage import catalog
@@ -221,12 +222,13 @@ def methods(
 COMMANDS: dict[str, Callable[..., int | None]] = {
     "quantize": stages.quantize, "prune": stages.prune, "recover": stages.recover, "select": select, "evaluate": evaluate,
     "inspect": inspect, "diff": diff, "verify": verify, "export": storing.export, "densify": storing.densify, "stats": stats,
+    "sparsify": sparsify,
     "methods": methods, "run": recipes.run, "explain": recipes.explain, "schema": recipes.schema, "recipe": recipes.recipe,
     "cache": recipes.cache,
 }  # fmt: skip
 
 
-OPTIONED = {*catalog.SHELVES, "stats"}  # commands whose options are declared by option classes
+OPTIONED = {*catalog.SHELVES, "stats", "sparsify"}  # commands whose options are declared by option classes
 
 
 def build(typed: str | None) -> typer.Typer:
@@ -255,11 +257,13 @@ def build(typed: str | None) -> typer.Typer:
 
 
 def stage_parameters(kind: str) -> list[Any]:
-    """Options of all methods of a kind (or of stats), and those common to every run."""
+    """Options of all methods of a kind (or of stats or sparsify), and those common to every run."""
     from weightworks.stage.settings import Settings
 
     if kind == "stats":
         return stats_parameters()
+    if kind == "sparsify":
+        return sparsify_parameters()
     classes = {entry.name: entry.load().Options for entry in catalog.methods(kind).values()}
     return [*parameters(classes, "Method"), *parameters({"": Settings}, "Run")]
 

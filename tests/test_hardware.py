@@ -81,5 +81,5 @@ def test_folders_are_called_after_their_format(tmp_path: Path) -> None:
     module = catalog.find("quantize", "gptq").load()
     for scheme, named in (("FP8_BLOCK", "tiny-gptq-fp8-block"), ("W8A8", "tiny-gptq-w8a8"), ("W8A16", "tiny-gptq-w8")):
         assert default_target(source, "gptq", module.Options(scheme=scheme)).name == named
-    steps = module.Options(scheme="W8A8", smooth=0.5, norm_tweak="closed")
-    assert default_target(source, "gptq", steps).name == "tiny-gptq-w8a8-smooth-norms-closed"
+    steps = module.Options(scheme="W8A8", rotate=True, smooth=0.5, norm_tweak="closed")
+    assert default_target(source, "gptq", steps).name == "tiny-gptq-w8a8-rotated-smooth-norms-closed"

@@ -23,6 +23,7 @@ BLOCKS = re.findall(r"^<!-- test -->\n```(\w+)\n(.*?)^```$", README, re.DOTALL |
 MORE = (
     "tiny-llama-structured-s25",
     "tiny-sparse",
+    "tiny-thresholds",
     "tiny-healed",
     "chosen-rows",
     "tiny-stored",
