@@ -5,18 +5,14 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-MODEL := examples/tiny-llama
-RESULT := out/tiny-llama-gptq-w4
-TEXT := weightworks/stream/builtin/verification.txt
+PAGE := runs/demo/report.html
 
 .PHONY: demo test lint setup clean
 
-# The first 1,024 tokens of the text are English prose and code; this small model knows nothing of the rest.
 demo: $(READY)
-	$(BIN)/compress quantize $(MODEL) --bits 4 --seq-len 256 --output-dir $(RESULT) --overwrite
-	$(BIN)/compress evaluate $(MODEL) $(RESULT) --perplexity $(TEXT) --seq-len 256 --max-tokens 1024
-	@echo "The quantized model is in $(RESULT): README.md there is its model card, provenance.json its record."
-	@echo "Size, time and perplexity before and after stand above. Check it again: $(BIN)/compress verify $(RESULT)"
+	$(BIN)/compress run recipes/demo.yaml
+	@echo "Outputs are in runs/demo, each a folder that transformers loads: small-bits-4 is the 4-bit model, merged the merge."
+	@echo "The page that shows size against quality: $(PAGE). Check any of them again: $(BIN)/compress verify runs/demo/merged"
 
 test: lint
 	$(BIN)/pytest
@@ -38,4 +34,4 @@ $(READY): pyproject.toml
 	@touch $@
 
 clean:
-	rm -rf $(VENV) out
+	rm -rf $(VENV) runs
