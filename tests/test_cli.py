@@ -101,8 +101,8 @@ def test_every_command_has_help(compress: Commands, command: str) -> None:
 def test_help_of_quantize_says_what_the_options_mean(compress: Commands) -> None:
     text = " ".join(compress("quantize", "--help").out.split())
     for said in (
-        "--bits <int> bits a weight [gptq, rtn] (2|3|4|8); default: 4",
-        "--group-size <int> input columns that share a scale; -1: the whole row [gptq, rtn]; default: 128",
+        "--bits <int> bits a weight [awq, gptq, higgs, rtn] (2|3|4|8); default: 4",
+        "--group-size <int> input columns that share a scale; -1: the whole row [awq, gptq, higgs, rtn]; default: 128",
         "--sym / --asym grid symmetric about zero",
         "--act-order <str>",
         "--damp-percent <float>",
