@@ -118,6 +118,32 @@ def test_on_a_quantized_base(small: Path, tmp_path: Path) -> None:
         recover(base, **{**QUICK, "adapter": "mask_lora"}, output_dir=tmp_path / "no")
 
 
+def test_stages_after_it_read_model_and_adapter(compress: Commands, small: Path, tmp_path: Path) -> None:
+    """In a recipe an adapter that was trained stands for the sum, whatever reads it."""
+    recipe = {
+        "version": 1,
+        "sources": {"base": str(small)},
+        "stages": {
+            "coarse": {"use": "quantize.rtn", "from": "base", "with": {"bits": 2, "group_size": 32}},
+            "beside": {"use": "recover.perp", "from": "coarse", "with": {**QUICK, "steps": 2}},
+            "again": {"use": "quantize.rtn", "from": "beside", "with": {"bits": 8, "group_size": -1}},
+            "scores": {
+                "use": "score.perplexity",
+                "from": ["coarse", "beside", "again"],
+                "with": {"texts": [str(CALIBRATION_TEXT)], "seq_len": 32, "max_tokens": 256},
+            },
+        },
+    }
+    (tmp_path / "r.yaml").write_text(json.dumps(recipe))
+    run = compress("run", "r.yaml", "--json", "-q", cwd=tmp_path)
+    assert run.code == 0, run.err
+    scores = json.loads((tmp_path / "runs" / "r" / "scores" / "score.json").read_text())
+    coarse, beside, again = (model["metrics"]["perplexity"]["value"] for model in scores["models"])
+    assert beside != pytest.approx(coarse, rel=1e-3)
+    assert again == pytest.approx(beside, rel=1e-2)
+    assert compress("run", "r.yaml", "-q", cwd=tmp_path).code == 0  # all of it is found
+
+
 def test_layers_held_the_other_way(tmp_path: Path) -> None:
     source = ARCHITECTURES["gpt2"].save(tmp_path / "source")
     outcome = recover(source, **QUICK, output_dir=tmp_path / "out")

@@ -7,6 +7,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from graphlib import TopologicalSorter
+from pathlib import Path
 from typing import Any
 
 from weightworks.engine.executor import Executor
@@ -17,6 +18,7 @@ from weightworks.plan.leaks import refuse_leaks
 from weightworks.plan.task import Production, Task, estimate, produce
 from weightworks.plan.workspace import Output, Workspace
 from weightworks.report.progress import Progress
+from weightworks.store.sources import ADAPTER
 
 EXACT = 24  # stages to be run that are each estimated; of more, one of each that a matrix made
 
@@ -90,16 +92,31 @@ class Plan:
         assert output is not None, f"{name} has not run"
         return str(output.folder)
 
+    def summed(self, name: str) -> str:
+        """The same, an adapter that a training left beside its model as the sum of both."""
+        beside = self.beside(name)
+        return self.model_of(name) if beside is None else f"{self.summed(beside)}+{self.model_of(name)}"
+
+    def beside(self, name: str) -> str | None:
+        """The model that the output of a stage is an adapter of, if it was trained as one."""
+        step = self.steps.get(name)
+        trained = step is not None and step.stage.kind == "recover" and step.output is not None
+        if not (trained and (Path(self.model_of(name)) / ADAPTER).is_file()):
+            return None
+        return self.recipe.stages[name].inputs["model"][0]
+
     def ancestor(self, name: str) -> str:
         """What stands for the shape of an output that is not there yet: the nearest checkpoint it is made from."""
         while name in self.steps and self.steps[name].output is None:
             stage = self.steps[name].stage
             name = next(iter(stage.inputs.values()))[0]
-        return self.model_of(name)
+        return self.summed(name)
 
     def task(self, step: Step, *, model: Callable[[str], str], run: Mapping[str, Any], quiet: bool) -> Task:
-        """The step as a task; ``run`` are settings of the whole run."""
+        """The step as a task; ``run`` are settings of the whole run. Merges of adapters get those alone."""
         stage = step.stage
+        if stage.kind == "adapter" and model == self.summed:
+            model = self.model_of
         inputs = {role: tuple((name, model(name)) for name in names) for role, names in stage.inputs.items()}
         target = self.workspace.place(step.key.digest, stage.name)
         settings = {**stage.settings, **run}
@@ -197,7 +214,7 @@ class Runner:
                 self.ready.append(step)
             elif slots != 1 and not step.costs and step.stage.name not in self._estimated:
                 self._estimated.add(step.stage.name)
-                task = self.plan.task(step, model=self.plan.model_of, run=self.run_settings, quiet=True)
+                task = self.plan.task(step, model=self.plan.summed, run=self.run_settings, quiet=True)
                 self.estimating[self.executor.submit(estimate, task)] = step
             elif slots is not None and self.running and used + self._peak(step) > self.limit:
                 self.ready.append(step)
@@ -215,13 +232,16 @@ class Runner:
         if step.stage.kind == "score" and slots is not None and slots > 1:
             run["max_memory"] = f"{max(self.share, 1)}B"
         alone = slots == 1 and self.progress.stream.isatty()  # then it may show its own bar
-        task = self.plan.task(step, model=self.plan.model_of, run=run, quiet=not alone or self.progress.quiet)
+        task = self.plan.task(step, model=self.plan.summed, run=run, quiet=not alone or self.progress.quiet)
         future = self.executor.submit(produce, self._order(step, task), peak_bytes=step.costs.get("peak_bytes"))
         self.running[future] = step
 
     def _order(self, step: Step, task: Task) -> Production:
         workspace, steps = self.plan.workspace, self.plan.steps
-        needs = tuple(steps[need].key.digest for need in step.stage.needs if need in steps)
+        names = list(step.stage.needs)
+        for name in names:  # it grows by what stands beside an adapter
+            names += [beside] if (beside := self.plan.beside(name)) is not None and beside not in names else []
+        needs = tuple(steps[need].key.digest for need in names if need in steps)
         if workspace.remote is not None:  # each machine has its own copy: one of a stage's inputs is enough
             return Production(
                 task, step.key.digest, needs, workspace.root, workspace.digests.memo, workspace.remote.url

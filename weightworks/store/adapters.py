@@ -21,10 +21,10 @@ import torch
 from weightworks.errors import CheckpointError
 from weightworks.store.checkpoint import Checkpoint, read_pickle
 from weightworks.store.documents import read_json
-from weightworks.store.sources import Digests, cache_folder, is_folder, resolve
+from weightworks.store.sources import ADAPTER, Digests, cache_folder, is_folder, resolve
 from weightworks.store.tensorfile import TensorInfo, read_header
 
-CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+CONFIG, WEIGHTS, PICKLE = ADAPTER, "adapter_model.safetensors", "adapter_model.bin"
 PREFIX = "base_model.model."
 PART = re.compile(
     r"(?P<module>.+)\.(?P<part>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)"

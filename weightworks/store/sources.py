@@ -14,6 +14,7 @@ from weightworks.errors import CheckpointError
 
 HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+(@[\w./-]+)?")  # "./x" and "../x" are folders
 HUB_PATTERNS = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.py", "LICENSE*", "README.md"]
+ADAPTER = "adapter_config.json"  # the file that makes a folder an adapter of PEFT
 TEXT_FILES = (".txt", ".md", ".jsonl", ".json", ".parquet")
 SETTLED = 2.0  # seconds a file must have been left alone before its digest is remembered: clocks of files are coarse
 
