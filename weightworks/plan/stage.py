@@ -345,8 +345,8 @@ def _done(method: str, options: Any) -> str:
     if (share := getattr(options, "sparsity", None)) is not None:
         pattern = getattr(options, "pattern", "unstructured")
         method += f"-s{100 * share:g}" if pattern == "unstructured" else f"-{pattern.replace(':', 'of')}"
-    if (asked := getattr(options, "budget", None)) is not None:
-        return f"{method}-{asked.replace(' ', '').lower()}"
+    if getattr(options, "budgeted", False) and options.budget is not None:
+        return f"{method}-{options.budget.replace(' ', '').lower()}"
     if (share := getattr(options, "max_perplexity_increase", None)) is not None:
         return f"{method}-within-{share.replace(' ', '').replace('%', '')}-percent"
     if (named := hardware({"scheme": getattr(options, "scheme", None)})) is not None:

@@ -117,8 +117,9 @@ def hardware(options: Mapping[str, Any]) -> str | None:
 
 
 def budgeted(options: Mapping[str, Any]) -> bool:
-    """Whether bits were chosen layer by layer."""
-    return options.get("budget") is not None or options.get("max_perplexity_increase") is not None
+    """Whether bits were chosen layer by layer. Pruning has a ``budget`` too, which is another."""
+    bound = "max_perplexity_increase"
+    return bound in options and (options.get("budget") is not None or options[bound] is not None)
 
 
 def bits_of(options: Mapping[str, Any]) -> int | None:
