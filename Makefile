@@ -14,8 +14,9 @@ demo: $(READY)
 	@echo "Outputs are in runs/demo, each a folder that transformers loads: small-bits-4 is the 4-bit model, merged the merge."
 	@echo "The page that shows size against quality: $(PAGE). Check any of them again: $(BIN)/compress verify runs/demo/merged"
 
+# Two files at a time, as two cores take them: no test measures wall time, and every process of tests has its own folders.
 test: lint
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses 2 --dist loadfile
 
 lint: $(READY)
 	$(BIN)/ruff format --check .
