@@ -107,7 +107,7 @@ def predicted(place: Path, *words: str | Path) -> dict[str, Any]:
 
 
 WINDOWS = ("--dataset", str(SHORT_TEXT), "--num-samples", "8", "--seq-len", "512")
-TRAINED = ("--dataset", str(SHORT_TEXT), "--seq-len", "256", "--steps", "1", "--batch-size", "4", "--dtype", "float32")
+TRAINED = ("--dataset", str(SHORT_TEXT), "--seq-len", "256", "--steps", "1", "--batch-size", "8", "--dtype", "float32")
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is measured by /proc")
