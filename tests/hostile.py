@@ -361,6 +361,26 @@ class Workshop:
             seeds.append(out.getvalue())
         return Target(read, seeds, "bytes")
 
+    def _of_gguf(self) -> Target:
+        from weightworks.store.ggml import TYPES
+        from weightworks.store.gguffile import GgufSpec, decoded, opening, read_gguf
+        from weightworks.store.inspection import inspect
+
+        path = self.home / "some.gguf"
+
+        def read(data: bytes) -> None:
+            path.write_bytes(data)
+            inspect(str(path))
+            file = read_gguf(path)
+            for tensor in file.tensors.values():
+                for part in decoded(file, tensor):
+                    part.sum()
+
+        specs = [GgufSpec("a", (2, 64), TYPES["Q8_0"]), GgufSpec("b.weight", (3,), TYPES["F32"])]
+        facts = {"llama.block_count": 1, "tokenizer.ggml.tokens": ["a", "b"], "x": [1, 2], "y": 0.5, "z": True}
+        whole = opening("llama", facts, specs) + bytes(sum(spec.room for spec in specs))
+        return Target(read, [whole, opening("gpt2", {}, [])], "bytes")
+
     def _of_masks(self) -> Target:
         from weightworks.store.checkpoint import MASKS, Checkpoint
         from weightworks.store.dense import DenseView

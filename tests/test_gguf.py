@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import struct
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -229,6 +230,30 @@ def changed(folder: Path, target: Path, **config: Any) -> Path:
     path = target / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **config}))
     return target
+
+
+def array_of(inner: int, body: bytes, count: int = 1) -> bytes:
+    return struct.pack("<IQ", inner, count) + body
+
+
+HOSTILE: dict[str, tuple[bytes, int, str]] = {
+    "alignment": (struct.pack("<I", 0), 4, "general.alignment is 0, not a number of bytes"),
+    "text": (struct.pack("<Q", 1) + b"x", 8, "general.alignment is 'x', not a number of bytes"),
+    "nested": (b"".join(array_of(9, b"") for _ in range(9000)), 9, "arrays are nested more than 4 deep"),
+    "endless": (array_of(8, b"", 2**60), 9, "the file ends at byte .*, within the header"),
+    "unknown": (array_of(77, b""), 9, "a value of type 77"),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_headers_are_told(name: str, tmp_path: Path) -> None:
+    value, kind, text = HOSTILE[name]
+    key = b"general.alignment"
+    pair = struct.pack("<Q", len(key)) + key + struct.pack("<I", kind) + value
+    path = tmp_path / "hostile.gguf"
+    path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + pair)
+    with pytest.raises(CheckpointError, match=text):
+        read_gguf(path)
 
 
 def test_what_a_file_cannot_say_is_refused(small: Path, models: Callable[[str], Path], tmp_path: Path) -> None:

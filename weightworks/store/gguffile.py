@@ -19,13 +19,14 @@ import torch
 
 from weightworks.errors import CheckpointError
 from weightworks.store.ggml import BlockType
-from weightworks.store.tensorfile import read_bytes
+from weightworks.store.tensorfile import MAX_HEADER_BYTES, read_bytes
 
 SUFFIX = ".gguf"
 ALIGNMENT = 32  # every tensor starts on a multiple of it
 DECODED = 1 << 20  # bytes decoded at a time
 NUMBERS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
 STRING, ARRAY = 8, 9
+NESTED = 4  # arrays within arrays; ggml itself reads none
 
 Value = str | int | float | bool | list[Any]  # integers are stored as uint32, floats as float32
 Metadata = Mapping[str, Value]
@@ -137,8 +138,11 @@ class _Cursor:
         self.file, self.path, self.size = file, path, size
 
     def take(self, count: int) -> bytes:
-        if count > self.size - self.file.tell():
+        end = self.file.tell() + count
+        if end > self.size:
             raise ValueError(f"the file ends at byte {self.size:,}, within the header")
+        if end > MAX_HEADER_BYTES:
+            raise ValueError(f"it is longer than {MAX_HEADER_BYTES:,} bytes")
         return self.file.read(count)
 
     def number(self, kind: str) -> Any:
@@ -147,13 +151,15 @@ class _Cursor:
     def string(self) -> str:
         return self.take(self.number("<Q")).decode("utf-8", "replace")
 
-    def value(self, kind: int) -> Any:
+    def value(self, kind: int, depth: int = 0) -> Any:
+        if depth > NESTED:
+            raise ValueError(f"arrays are nested more than {NESTED} deep")
         if kind == STRING:
             return self.string()
         if kind == ARRAY:
             inner, count = self.number("<I"), self.number("<Q")
             if inner not in NUMBERS:
-                return [self.value(inner) for _ in range(count)]
+                return [self.value(inner, depth + 1) for _ in range(count)]
             width = struct.calcsize(NUMBERS[inner])
             return list(struct.unpack(f"<{count}{NUMBERS[inner][1]}", self.take(count * width)))
         if kind not in NUMBERS:
@@ -178,13 +184,17 @@ def _read(path: Path, cursor: _Cursor, size: int) -> GgufFile:
         name, axes = cursor.string(), cursor.number("<I")
         shape = tuple(cursor.number("<Q") for _ in range(axes))[::-1]
         entries.append((name, shape, GGMLQuantizationType(cursor.number("<I")), cursor.number("<Q")))
-    alignment = int(metadata.get("general.alignment", ALIGNMENT))
+    alignment = metadata.get("general.alignment", ALIGNMENT)
+    if type(alignment) is not int or not 0 < alignment <= MAX_HEADER_BYTES:
+        raise ValueError(f"general.alignment is {alignment!r}, not a number of bytes")
     start = -(-cursor.file.tell() // alignment) * alignment
     tensors = {}
     for name, shape, kind, offset in entries:
         width, nbytes = GGML_QUANT_SIZES[kind]
         if shape and shape[-1] % width:
             raise ValueError(f"tensor '{name}' has rows of {shape[-1]}, {kind.name} takes multiples of {width}")
+        if name in tensors:
+            raise ValueError(f"tensor '{name}' is there twice")
         tensor = GgufTensor(name, shape, kind.name, math.prod(shape) // width * nbytes, start + offset)
         if tensor.offset + tensor.nbytes > size:
             raise ValueError(f"tensor '{name}' ends at byte {tensor.offset + tensor.nbytes:,}, the file at {size:,}")

@@ -64,7 +64,7 @@ def _inspect_gguf(file: GgufFile) -> dict[str, Any]:
         "bits_a_parameter": round(8 * nbytes / max(parameters, 1), 3),
         "format": f"gguf, {', '.join(sorted({tensor.kind for tensor in file.tensors.values()}))}",
         "files": [file.path.name],
-        "remarks": file.metadata.get("weightworks.remarks", []),
+        "remarks": _listed(file.metadata.get("weightworks.remarks")),
         "metadata": {
             key: value if not isinstance(value, list) or len(value) <= 8 else f"{len(value)} values"
             for key, value in file.metadata.items()
