@@ -28,7 +28,7 @@ def test_they_are_on_the_shelf() -> None:
 
 @pytest.mark.parametrize("start", [0, 3, 40])
 def test_random_numbers_are_those_of_philox_at_their_places(start: int) -> None:
-    """Whichever rows are asked for, and whatever numpy's generators make of the raw numbers in another version."""
+    """Whichever rows are asked for."""
     slab = Slab("w", (64, 5), start, (torch.zeros(6, 5),), None, ("model",), 7)
     key = hashlib.sha256(b"7\0w\0model").digest()[:16]
     raw = numpy.random.Philox(key=int.from_bytes(key, "little"), counter=0).random_raw(160).view(numpy.uint32)
