@@ -149,10 +149,9 @@ class Slab:
         skip = first % LANES
         key = hashlib.sha256(f"{self.seed}\0{self.name}\0{self.keys[model]}".encode()).digest()[:16]
         philox = numpy.random.Philox(key=int.from_bytes(key, "little"), counter=first // LANES)
-        drawn = numpy.random.Generator(philox).random(skip + count, dtype=numpy.float32)[
-            skip:
-        ]  # the upper 24 of 32 bits
-        return torch.from_numpy(drawn).reshape(like.shape).to(like.device)
+        drawn = philox.random_raw(-(-(skip + count) // 2)).view(numpy.uint32)[skip : skip + count]
+        numbers = numpy.multiply(drawn >> 8, 2.0**-24, dtype=numpy.float32)
+        return torch.from_numpy(numbers).reshape(like.shape).to(like.device)
 
 
 def _nothing(sums: Mapping[str, torch.Tensor], found: Any) -> Any:
