@@ -34,8 +34,8 @@ class Pair:
 
     @classmethod
     def of(cls, name: str, peer: str, ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> Pair:
-        runs = (ours, theirs)
-        return cls(name, peer, tuple(one["cpu_seconds"] for one in runs), tuple(one["peak_bytes"] for one in runs))  # type: ignore[arg-type]
+        seconds, peaks = "cpu_seconds", "peak_bytes"
+        return cls(name, peer, (ours[seconds], theirs[seconds]), (ours[peaks], theirs[peaks]))
 
 
 def pairs(found: Mapping[str, Any]) -> Iterator[Pair]:

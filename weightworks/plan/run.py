@@ -7,7 +7,6 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from graphlib import TopologicalSorter
-from pathlib import Path
 from typing import Any
 
 from weightworks.engine.executor import Executor
@@ -84,40 +83,38 @@ class Plan:
     def to_run(self) -> list[Step]:
         return [step for step in self.steps.values() if step.state == "to run"]
 
-    def model_of(self, name: str) -> str:
-        """The folder or hub id of a source or of a finished stage's output."""
+    def model_of(self, name: str, *, alone: bool = False) -> str:
+        """The folder or hub id of a source or of a finished stage's output. An adapter that a training left beside its model
+        stands for the sum of both, unless it is wanted ``alone``."""
         if name in self.recipe.sources:
             return self.recipe.sources[name]
         output = self.steps[name].output
         assert output is not None, f"{name} has not run"
-        return str(output.folder)
-
-    def summed(self, name: str) -> str:
-        """The same, an adapter that a training left beside its model as the sum of both."""
-        beside = self.beside(name)
-        return self.model_of(name) if beside is None else f"{self.summed(beside)}+{self.model_of(name)}"
+        beside = None if alone else self.beside(name)
+        return str(output.folder) if beside is None else f"{self.model_of(beside)}+{output.folder}"
 
     def beside(self, name: str) -> str | None:
         """The model that the output of a stage is an adapter of, if it was trained as one."""
         step = self.steps.get(name)
-        trained = step is not None and step.stage.kind == "recover" and step.output is not None
-        if not (trained and (Path(self.model_of(name)) / ADAPTER).is_file()):
+        if step is None or step.output is None or step.stage.kind != "recover":
             return None
-        return self.recipe.stages[name].inputs["model"][0]
+        return step.stage.inputs["model"][0] if (step.output.folder / ADAPTER).is_file() else None
 
-    def ancestor(self, name: str) -> str:
+    def ancestor(self, name: str, *, alone: bool = False) -> str:
         """What stands for the shape of an output that is not there yet: the nearest checkpoint it is made from."""
         while name in self.steps and self.steps[name].output is None:
             stage = self.steps[name].stage
             name = next(iter(stage.inputs.values()))[0]
-        return self.summed(name)
+        return self.model_of(name, alone=alone)
 
-    def task(self, step: Step, *, model: Callable[[str], str], run: Mapping[str, Any], quiet: bool) -> Task:
-        """The step as a task; ``run`` are settings of the whole run. Merges of adapters get those alone."""
+    def task(self, step: Step, *, model: Callable[..., str], run: Mapping[str, Any], quiet: bool) -> Task:
+        """The step as a task; ``model`` gives its inputs, ``run`` are settings of the whole run. Merges of adapters get those
+        alone."""
         stage = step.stage
-        if stage.kind == "adapter" and model == self.summed:
-            model = self.model_of
-        inputs = {role: tuple((name, model(name)) for name in names) for role, names in stage.inputs.items()}
+        alone = stage.kind == "adapter"
+        inputs = {
+            role: tuple((name, model(name, alone=alone)) for name in names) for role, names in stage.inputs.items()
+        }
         target = self.workspace.place(step.key.digest, stage.name)
         settings = {**stage.settings, **run}
         return Task(
@@ -214,7 +211,7 @@ class Runner:
                 self.ready.append(step)
             elif slots != 1 and not step.costs and step.stage.name not in self._estimated:
                 self._estimated.add(step.stage.name)
-                task = self.plan.task(step, model=self.plan.summed, run=self.run_settings, quiet=True)
+                task = self.plan.task(step, model=self.plan.model_of, run=self.run_settings, quiet=True)
                 self.estimating[self.executor.submit(estimate, task)] = step
             elif slots is not None and self.running and used + self._peak(step) > self.limit:
                 self.ready.append(step)
@@ -232,7 +229,7 @@ class Runner:
         if step.stage.kind == "score" and slots is not None and slots > 1:
             run["max_memory"] = f"{max(self.share, 1)}B"
         alone = slots == 1 and self.progress.stream.isatty()  # then it may show its own bar
-        task = self.plan.task(step, model=self.plan.summed, run=run, quiet=not alone or self.progress.quiet)
+        task = self.plan.task(step, model=self.plan.model_of, run=run, quiet=not alone or self.progress.quiet)
         future = self.executor.submit(produce, self._order(step, task), peak_bytes=step.costs.get("peak_bytes"))
         self.running[future] = step
 

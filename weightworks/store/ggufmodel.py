@@ -81,7 +81,8 @@ def model_of(view: DenseView) -> Model:
 def _parts(view: DenseView, model: Model, config: Config) -> list[Part]:
     from gguf import MODEL_ARCH, get_tensor_name_map
 
-    blocks = int(model.metadata[f"{model.architecture}.block_count"])  # type: ignore[arg-type]
+    blocks = model.metadata[f"{model.architecture}.block_count"]
+    assert isinstance(blocks, int)
     names = get_tensor_name_map(MODEL_ARCH[model.architecture.upper()], blocks)
     parts, strange = [], []
     for source in view.names:
