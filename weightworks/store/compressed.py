@@ -76,7 +76,7 @@ class PackQuantized:
     def config(self, scheme: IntScheme, ignore: Sequence[str], facts: Mapping[str, Any]) -> dict[str, Any]:
         return configuration(self.layout, scheme, ignore)
 
-    def shape(self, reader: TensorReader, base: str) -> tuple[int, int]:
+    def shape(self, reader: TensorReader, base: str, scheme: Any) -> tuple[int, int]:
         rows, columns = reader.read(f"{base}.weight_shape").tolist()
         return rows, columns
 
@@ -141,12 +141,12 @@ class EightBit:
     def config(self, scheme: Scheme, ignore: Sequence[str], facts: Mapping[str, Any]) -> dict[str, Any]:
         return configuration(self.layout, scheme, ignore)
 
-    def shape(self, reader: TensorReader, base: str) -> tuple[int, int]:
+    def shape(self, reader: TensorReader, base: str, scheme: Any) -> tuple[int, int]:
         rows, columns = shape_of(reader, f"{base}.weight")
         return rows, columns
 
     def load(self, reader: TensorReader, base: str, scheme: IntScheme | FloatScheme) -> Quantized | FloatQuantized:
-        rows, columns = self.shape(reader, base)
+        rows, columns = self.shape(reader, base, scheme)
         codes, groups = reader.read(f"{base}.weight"), scheme.groups(columns)
         if codes.dtype != _byte(scheme):
             raise CheckpointError(f"tensor '{base}.weight' is {codes.dtype}, {self.layout} means {_byte(scheme)}")
@@ -206,12 +206,12 @@ class FourBit:
     def config(self, scheme: FloatScheme, ignore: Sequence[str], facts: Mapping[str, Any]) -> dict[str, Any]:
         return configuration(self.layout, scheme, ignore)
 
-    def shape(self, reader: TensorReader, base: str) -> tuple[int, int]:
+    def shape(self, reader: TensorReader, base: str, scheme: Any) -> tuple[int, int]:
         rows, width = shape_of(reader, f"{base}.weight_packed")
         return rows, 2 * width
 
     def load(self, reader: TensorReader, base: str, scheme: FloatScheme) -> FloatQuantized:
-        rows, columns = self.shape(reader, base)
+        rows, columns = self.shape(reader, base, scheme)
         packed = part(reader, f"{base}.weight_packed", (rows, columns // 2), 4)
         codes = torch.stack([packed & 0xF, packed >> 4], -1).flatten(1)
         scale = part(reader, f"{base}.weight_scale", (rows, scheme.groups(columns)), 4)
@@ -224,7 +224,7 @@ class FourBit:
 
 @dataclass(frozen=True)
 class MixedPrecision:
-    """``mixed-precision``: every weight in the layout of its own scheme. What depends on that alone has no answer here."""
+    """``mixed-precision``: every weight in the layout of its own scheme."""
 
     name: str = "compressed-tensors"
     layout: str = "mixed-precision"
@@ -248,8 +248,8 @@ class MixedPrecision:
     def config(self, scheme: MixedScheme, ignore: Sequence[str], facts: Mapping[str, Any]) -> dict[str, Any]:
         return mixed_configuration({one: layout_of(one).layout for _, one in scheme.groups}, scheme, ignore)
 
-    def shape(self, reader: TensorReader, base: str) -> tuple[int, int]:
-        raise NotImplementedError("the shape is in the layout of the weight's own scheme")
+    def shape(self, reader: TensorReader, base: str, scheme: Any) -> tuple[int, int]:
+        return layout_of(scheme).shape(reader, base, scheme)
 
     def load(self, reader: TensorReader, base: str, scheme: Any) -> Quantized | FloatQuantized:
         return layout_of(scheme).load(reader, base, scheme)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -14,9 +14,13 @@ from weightworks.store.tensorfile import TensorInfo
 
 @dataclass(frozen=True)
 class DecodedCheckpoint(Checkpoint):
-    """What ``view`` shows, as a checkpoint. Packed weights [out, in] have the dtype that they had before, float32 if asked."""
+    """What ``view`` shows, as a checkpoint. Packed weights [out, in] have the dtype that they had before, float32 if asked.
+
+    ``last`` has the weight that was decoded last: a few rows are read at a time, and decoding takes the whole.
+    """
 
     view: DenseView | None = None
+    last: dict[str, torch.Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def of(cls, packed: Checkpoint) -> DecodedCheckpoint:
@@ -48,10 +52,17 @@ class DecodedCheckpoint(Checkpoint):
 
     def _read(self, info: TensorInfo, shape: tuple[int, ...], skip: int, dtype: torch.dtype | None) -> torch.Tensor:
         assert self.view is not None
-        start = skip // max(info.nbytes // max(info.shape[0], 1), 1) if info.shape else 0
-        rows = shape[0] if shape else 0
-        if shape == info.shape:
-            tensor = self.view.read(info.name, dtype)
-        else:
-            tensor = self.view.read_rows(info.name, start, start + rows, dtype)
-        return tensor if dtype is not None else tensor.to(info.dtype)
+        if not self.view.is_packed(info.name):
+            packed = self.view.checkpoint
+            return packed._read(packed.info(info.name), shape, skip, dtype)
+        start = skip // (info.nbytes // info.shape[0])
+        return self._decoded(info.name)[start : start + shape[0]].to(dtype or info.dtype, copy=True)
+
+    def _decoded(self, name: str) -> torch.Tensor:
+        """A packed weight in float32, not to be changed."""
+        assert self.view is not None
+        if (weight := self.last.get(name)) is None:
+            weight = self.view.read(name)
+            self.last.clear()
+            self.last[name] = weight
+        return weight

@@ -95,9 +95,8 @@ class DenseView:
         """Shape of the dense tensor, from headers alone (GPTQ layouts give [out, in])."""
         if not self.is_packed(name):
             return self.checkpoint.info(name).shape
-        layout = self.format_of(name)
-        assert layout is not None
-        return layout.shape(self.checkpoint, name.removesuffix(".weight"))
+        assert self.format is not None
+        return self.format.shape(self.checkpoint, name.removesuffix(".weight"), self.scheme_of(name))
 
     @cached_property
     def dtype(self) -> torch.dtype:

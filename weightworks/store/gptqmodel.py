@@ -88,7 +88,7 @@ class Gptq:
             "meta": {"quantizer": [facts["quantizer"]]},
         }
 
-    def shape(self, reader: TensorReader, base: str) -> tuple[int, int]:
+    def shape(self, reader: TensorReader, base: str, scheme: Any) -> tuple[int, int]:
         return shape_of(reader, f"{base}.qweight")[1], shape_of(reader, f"{base}.g_idx")[0]
 
     def load(self, reader: TensorReader, base: str, scheme: IntScheme) -> Quantized:

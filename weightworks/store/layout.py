@@ -59,8 +59,8 @@ class Format(Protocol):
     def config(self, scheme: Any, ignore: Sequence[str], facts: Mapping[str, Any]) -> dict[str, Any]:
         """The ``quantization_config`` of ``config.json``."""
 
-    def shape(self, reader: TensorReader, base: str) -> tuple[int, int]:
-        """The weight's shape [out, in]."""
+    def shape(self, reader: TensorReader, base: str, scheme: Any) -> tuple[int, int]:
+        """The shape [out, in] of a weight of this scheme."""
 
     def load(self, reader: TensorReader, base: str, scheme: Any) -> Encoded:
         """Read the weight back."""
