@@ -21,6 +21,7 @@ from weightworks.stage.settings import Settings
 from weightworks.stage.thresholds import ThresholdOptions
 from weightworks.stream.builtin import HERE
 from weightworks.stream.sparsified import sparsified
+from weightworks.testing.tiny import make_model
 
 SETTINGS = Settings(num_samples=4, seq_len=64, device="cpu", dataset=str(HERE / "calibration.txt"))
 
@@ -162,6 +163,15 @@ def test_chess_needs_a_gate(tmp_path: Path) -> None:
     settings = Settings(num_samples=2, seq_len=32, device="cpu", dataset=str(HERE / "calibration.txt"))
     with pytest.raises(ArchitectureError, match="no gated feed-forward part"):
         run_thresholds(str(tmp_path / "gpt2"), ThresholdOptions(method="chess"), settings, output_dir=tmp_path / "out")
+
+
+def test_experts_that_are_fused_are_told(tmp_path: Path) -> None:
+    found = find(make_model(tmp_path / "mixture", experts=2), tmp_path / "out", allocation="uniform")
+    assert [note.split(":")[0] for note in found.notes] == [
+        f"model.layers.{block}.mlp.experts.{part}_proj" for block in (0, 1) for part in ("gate_up", "down")
+    ]
+    assert json.loads((tmp_path / "out" / REPORT).read_text())["left"] == list(found.notes)
+    assert not any("experts" in name for name in load_file(tmp_path / "out" / FILE))
 
 
 def test_command(small: Path, compress: Commands, tmp_path: Path) -> None:

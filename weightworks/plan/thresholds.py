@@ -41,11 +41,12 @@ STATES_SHARE = 4  # hidden states may take this part of memory; beyond it they g
 
 @dataclass(frozen=True)
 class Found:
-    """What became of a request. ``report`` is the folder's own, None after a dry run."""
+    """What became of a request. ``facts`` are the folder's report, None after a dry run; ``notes`` tell what was left out."""
 
     target: Path
     estimate: Estimate | None
-    report: dict[str, Any] | None
+    facts: dict[str, Any] | None
+    notes: tuple[str, ...] = ()
     cached: bool = False
     seconds: float = 0.0
 
@@ -107,7 +108,14 @@ def run_thresholds(
     check_target(target, overwrite=settings.overwrite)
     refuse(costs, target)
     report = _execute(job, identity, text, scored, dtype, on_disk=costs.on_disk)
-    return Found(target, costs, report, seconds=time.monotonic() - started)
+    return Found(target, costs, report, tuple(report["left"]), seconds=time.monotonic() - started)
+
+
+def left_out(job: Job) -> list[str]:
+    """One line on what has no thresholds though it multiplies: layers whose inputs cannot be told apart, or are not known."""
+    fused = [linear.tensor for linear in job.linears.values() if linear.piece.expert is not None]
+    told = f"{len(fused)} weights of experts that are fused have no thresholds: {', '.join(fused[:3])}"
+    return [*([told] if fused else []), *job.uncovered()]
 
 
 def _scored(job: Job, path: str) -> Calibration:
@@ -160,6 +168,7 @@ def _execute(
             "model": {"name": job.checkpoint.name, "digest": job.checkpoint.digest},
             "calibration": text.facts(),
             "shares": shares,
+            "left": left_out(job),
             "measured": measured,
         }
         writer.write_text(REPORT, json.dumps(report, indent=1) + "\n")
