@@ -11,11 +11,13 @@ import argparse
 import json
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+DOMAINS = ("prose", "scripture", "drama", "math", "code")
 WINDOW = 256
 TOKENS = 20_000
 BATCH = 8
@@ -61,6 +63,40 @@ def perplexities(folder: Path, texts: Iterable[torch.Tensor]) -> list[float]:
 def geometric_mean(values: Sequence[float]) -> float:
     """exp of the mean logarithm."""
     return math.exp(sum(math.log(value) for value in values) / len(values))
+
+
+@dataclass(frozen=True)
+class Texts:
+    """The test texts of ``DOMAINS`` in windows, and the ``original`` model's perplexity on each."""
+
+    windows: list[torch.Tensor]
+    original: list[float]
+
+    @classmethod
+    def read(cls, parser: argparse.ArgumentParser, data: Path, model: Path, tokens: int) -> Texts:
+        """Those in the folder ``data``, which must have calibration.txt too; ``model`` is the original, and its tokenizer cuts
+        them."""
+        texts = [data / f"{domain}.test.txt" for domain in DOMAINS]
+        if missing := [str(path) for path in (data / "calibration.txt", *texts) if not path.is_file()]:
+            parser.error(f"--data: not found: {', '.join(missing)}")
+        windows = [windows_of(text, model, tokens) for text in texts]
+        return cls(windows, perplexities(model, windows))
+
+    def ratios(self, found: Iterable[float]) -> list[float]:
+        """Perplexities over the original's, text by text."""
+        return [value / base for value, base in zip(found, self.original, strict=True)]
+
+    def of(self, folder: Path) -> list[float]:
+        """Those of the model in ``folder``."""
+        return self.ratios(perplexities(folder, self.windows))
+
+
+def spread(found: Sequence[float]) -> str:
+    """A mean, and the range where there are several."""
+    if not found:
+        return ""
+    ends = f" ({min(found):.4f} to {max(found):.4f})" if len(found) > 1 else ""
+    return f"{sum(found) / len(found):.4f}{ends}"
 
 
 def main() -> None:

@@ -18,9 +18,8 @@ from transformers import AutoModelForCausalLM
 
 from _measure import note, run, save_json, table
 from _ours import HERE, compress_command, fresh, work_folder
-from _perplexity import geometric_mean, perplexities, perplexity, windows_of
+from _perplexity import DOMAINS, Texts, geometric_mean, perplexity
 
-DOMAINS = ("prose", "scripture", "drama", "math", "code")
 TYPES = ("F16", "BF16", "Q8_0", "Q4_K", "Q4_0", "MXFP4")
 
 
@@ -39,12 +38,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=20_000, help="of each text")
     parser.add_argument("--json", type=Path, metavar="FILE")
     args = parser.parse_args()
-    texts = [args.data / f"{domain}.test.txt" for domain in DOMAINS]
-    missing = [str(path) for path in (args.data / "calibration.txt", *texts) if not path.is_file()]
-    if missing:
-        parser.error(f"--data: not found: {', '.join(missing)}")
-    windows = [windows_of(text, args.model, args.tokens) for text in texts]
-    original = perplexities(args.model, windows)
+    texts = Texts.read(parser, args.data, args.model, args.tokens)
     rows, runs = [], []
     with work_folder(None) as work:
         note("GPTQ, 4 bits in groups of 32")
@@ -54,15 +48,15 @@ def main() -> None:
         cases = [(args.model, kind, kind) for kind in TYPES] + [(work / "gptq", "Q4_0", "Q4_0, codes of gptq")]
         for model, kind, name in cases:
             note(name)
-            facts, found = exported(model, kind, work / "out", windows)
-            ratios = [value / base for value, base in zip(found, original, strict=True)]
+            facts, found = exported(model, kind, work / "out", texts.windows)
+            ratios = texts.ratios(found)
             bits, error, mean = facts["bits_a_weight"], facts["relative_error"], geometric_mean(ratios)
             rows.append([name, f"{bits:.3f}", f"{error:.4f}", *(f"{value:.4f}" for value in ratios), f"{mean:.4f}"])
             runs.append({"name": name, "bits": bits, "error": error, "ratios": ratios, "geometric_mean": mean})
-    columns = [f"{value:.3f}" for value in (*original, geometric_mean(original))]
+    columns = [f"{value:.3f}" for value in (*texts.original, geometric_mean(texts.original))]
     first = ["the original's perplexity", "16", "", *columns]
     table("Perplexity over the original's", ["", "bits", "error", *DOMAINS, "geometric mean"], [first, *rows])
-    save_json(args.json, {"model": str(args.model), "domains": DOMAINS, "original": original, "runs": runs})
+    save_json(args.json, {"model": str(args.model), "domains": DOMAINS, "original": texts.original, "runs": runs})
 
 
 if __name__ == "__main__":

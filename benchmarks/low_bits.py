@@ -16,9 +16,8 @@ from pathlib import Path
 
 from _measure import note, run, save_json, table
 from _ours import HERE, compress_command, fresh, work_folder
-from _perplexity import geometric_mean, perplexities, windows_of
+from _perplexity import DOMAINS, Texts, geometric_mean
 
-DOMAINS = ("prose", "scripture", "drama", "math", "code")
 ASKED: dict[str, list[str]] = {
     **{name: ["--scheme", name] for name in ("W8A8", "FP8", "FP8_BLOCK", "MXFP8")},
     "int4 g32": ["--bits", "4", "--group-size", "32"],
@@ -45,12 +44,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, metavar="FILE")
     args = parser.parse_args()
-    texts = [args.data / f"{domain}.test.txt" for domain in DOMAINS]
-    missing = [str(path) for path in (args.data / "calibration.txt", *texts) if not path.is_file()]
-    if missing:
-        parser.error(f"--data: not found: {', '.join(missing)}")
-    windows = [windows_of(text, args.model, args.tokens) for text in texts]
-    original = perplexities(args.model, windows)
+    texts = Texts.read(parser, args.data, args.model, args.tokens)
     data = ["--dataset", args.data / "calibration.txt", "--num-samples", "32", "--seq-len", "256", "--seed", args.seed]
     rows, runs = [], []
     with work_folder(None) as work:
@@ -60,14 +54,14 @@ def main() -> None:
             command = [compress_command(), "quantize", args.model, "--method", method, *ASKED[scheme], *data]
             run([*map(str, command), "-o", str(out)])
             size = json.loads((out / "provenance.json").read_text())["size"]
-            ratios = [value / base for value, base in zip(perplexities(out, windows), original, strict=True)]
+            ratios = texts.of(out)
             bits, mean = size["bits_a_weight"], geometric_mean(ratios)
             rows.append([f"{scheme}, {method}", f"{bits:.2f}", *(f"{value:.4f}" for value in ratios), f"{mean:.4f}"])
             runs.append({"scheme": scheme, "method": method, "bits": bits, "ratios": ratios, "geometric_mean": mean})
-    columns = [f"{value:.3f}" for value in (*original, geometric_mean(original))]
+    columns = [f"{value:.3f}" for value in (*texts.original, geometric_mean(texts.original))]
     first = ["the original's perplexity", "16", *columns]
     table(f"Perplexity over the original's, seed {args.seed}", ["", "bits", *DOMAINS, "geometric mean"], [first, *rows])
-    save_json(args.json, {"model": str(args.model), "domains": DOMAINS, "original": original, "runs": runs})
+    save_json(args.json, {"model": str(args.model), "domains": DOMAINS, "original": texts.original, "runs": runs})
 
 
 if __name__ == "__main__":

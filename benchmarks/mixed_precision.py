@@ -18,10 +18,9 @@ from typing import Any
 
 from _measure import note, save_json, table
 from _ours import HERE, fresh, work_folder
-from _perplexity import geometric_mean, perplexities, windows_of
+from _perplexity import DOMAINS, Texts, geometric_mean, spread
 from compress import quantize
 
-DOMAINS = ("prose", "scripture", "drama", "math", "code")
 UNIFORM = {"2g32": (2, 32), "2g16": (2, 16), "3g-1": (3, -1), "3g32": (3, 32), "4g128": (4, 128)}
 
 
@@ -40,12 +39,6 @@ def made(options: dict[str, Any], args: argparse.Namespace, seed: int, out: Path
     }
 
 
-def cell(found: list[float]) -> str:
-    """A mean, and the range where there are several."""
-    spread = f" ({min(found):.4f} to {max(found):.4f})" if len(found) > 1 else ""
-    return f"{statistics.mean(found):.4f}{spread}"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=HERE.parent / "examples" / "tiny-llama")
@@ -58,12 +51,7 @@ def main() -> None:
     parser.add_argument("--inter-layer", action="store_true")
     parser.add_argument("--json", type=Path, metavar="FILE")
     args = parser.parse_args()
-    texts = [args.data / f"{domain}.test.txt" for domain in DOMAINS]
-    missing = [str(path) for path in (args.data / "calibration.txt", *texts) if not path.is_file()]
-    if missing:
-        parser.error(f"--data: not found: {', '.join(missing)}")
-    windows = [windows_of(text, args.model, args.tokens) for text in texts]
-    original = perplexities(args.model, windows)
+    texts = Texts.read(parser, args.data, args.model, args.tokens)
     runs: list[dict[str, Any]] = []
     with work_folder(None) as work:
         for seed in args.seeds:
@@ -74,8 +62,7 @@ def main() -> None:
                 ours = made({**budget, "inter_layer": args.inter_layer}, args, seed, work / "mixed")
                 assert ours["bytes"] <= facts["bytes"]
                 for how, one in (("uniform", facts), ("mixed", ours)):
-                    scores = perplexities(work / how, windows)
-                    ratios = [value / base for value, base in zip(scores, original, strict=True)]
+                    ratios = texts.of(work / how)
                     mean = geometric_mean(ratios)
                     note(f"{name}, {how}, seed {seed}: {one['bits']:.3f} bits, {mean:.4f}")
                     runs.append(
@@ -87,10 +74,10 @@ def main() -> None:
         bits = [f"{statistics.mean(run['bits'] for run in of[how]):.3f}" for how in of]
         means = [[run["geometric_mean"] for run in of[how]] for how in of]
         won = sum(ours < theirs for theirs, ours in zip(*means, strict=True))
-        rows.append([name, *bits, *map(cell, means), f"{won} of {len(args.seeds)}"])
+        rows.append([name, *bits, *map(spread, means), f"{won} of {len(args.seeds)}"])
     head = ["bytes of", "bits, uniform", "bits, mixed", "uniform", "mixed", "mixed better"]
     table(f"Perplexity over the original's, seeds {' '.join(map(str, args.seeds))}", head, rows)
-    save_json(args.json, {"model": str(args.model), "domains": DOMAINS, "original": original, "runs": runs})
+    save_json(args.json, {"model": str(args.model), "domains": DOMAINS, "original": texts.original, "runs": runs})
 
 
 if __name__ == "__main__":

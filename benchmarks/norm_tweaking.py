@@ -11,7 +11,6 @@ original's: 1 is no loss; means over seeds, and their range.
 from __future__ import annotations
 
 import argparse
-import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,10 +18,9 @@ from typing import Any
 
 from _measure import note, save_json, table
 from _ours import HERE, fresh, work_folder
-from _perplexity import geometric_mean, perplexities, windows_of
+from _perplexity import DOMAINS, Texts, geometric_mean, spread
 from compress import quantize
 
-DOMAINS = ("prose", "scripture", "drama", "math", "code")
 GRIDS = {2: 32, 3: 128, 4: 128}  # bits, group size
 HOWS = ("none", "adam", "closed")
 
@@ -60,14 +58,6 @@ def make(case: Case, args: argparse.Namespace, out: Path) -> list[dict[str, Any]
     return list(outcome.provenance.get("norms", []))
 
 
-def cell(found: list[float]) -> str:
-    """A mean, and the range where there are several."""
-    if not found:
-        return ""
-    spread = f" ({min(found):.4f} to {max(found):.4f})" if len(found) > 1 else ""
-    return f"{statistics.mean(found):.4f}{spread}"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=HERE.parent / "examples" / "tiny-llama")
@@ -79,26 +69,21 @@ def main() -> None:
     parser.add_argument("--hows", nargs="+", choices=HOWS, default=list(HOWS))
     parser.add_argument("--json", type=Path, metavar="FILE")
     args = parser.parse_args()
-    texts = [args.data / f"{domain}.test.txt" for domain in DOMAINS]
-    missing = [str(path) for path in (args.data / "calibration.txt", *texts) if not path.is_file()]
-    if missing:
-        parser.error(f"--data: not found: {', '.join(missing)}")
-    windows = [windows_of(text, args.model, args.tokens) for text in texts]
-    original = perplexities(args.model, windows)
+    texts = Texts.read(parser, args.data, args.model, args.tokens)
     runs: list[dict[str, Any]] = []
     with work_folder(None) as work:
         for case in cases(args.seeds, args.methods, args.hows):
             norms = make(case, args, work / "out")
-            ratios = [value / base for value, base in zip(perplexities(work / "out", windows), original, strict=True)]
+            ratios = texts.of(work / "out")
             mean, kept = geometric_mean(ratios), sum(block["kept"] for block in norms)
             note(f"{case.label}, norms {case.how}, seed {case.seed}: {mean:.4f}, kept in {kept} of {len(norms)} blocks")
             runs.append({**vars(case), "label": case.label, "geometric_mean": mean, "ratios": ratios, "norms": norms})
     rows = []
     for label in dict.fromkeys(run["label"] for run in runs):
         of = [[r["geometric_mean"] for r in runs if (r["label"], r["how"]) == (label, how)] for how in args.hows]
-        rows.append([label, *map(cell, of)])
+        rows.append([label, *map(spread, of)])
     table(f"Perplexity over the original's, seeds {' '.join(map(str, args.seeds))}", ["", *args.hows], rows)
-    save_json(args.json, {"model": str(args.model), "domains": DOMAINS, "original": original, "runs": runs})
+    save_json(args.json, {"model": str(args.model), "domains": DOMAINS, "original": texts.original, "runs": runs})
 
 
 if __name__ == "__main__":

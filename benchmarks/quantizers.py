@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,11 +21,10 @@ from safetensors.torch import load_file, save_file
 
 from _measure import note, save_json, table
 from _ours import HERE, fresh, work_folder
-from _perplexity import geometric_mean, perplexities, windows_of
+from _perplexity import Texts, geometric_mean, spread
 from compress import quantize, recover
 from weightworks.store.adapters import Adapter
 
-DOMAINS = ("prose", "scripture", "drama", "math", "code")
 GRIDS = {2: 32, 3: 128, 4: 128}  # bits, group size
 BOOKS = ("NF4", "FP4", "SHIFT4")  # of 4 bits, in groups of 64
 HOWS: dict[str, dict[str, Any]] = {
@@ -110,19 +108,14 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=5_000, help="of each text")
     parser.add_argument("--json", type=Path, metavar="FILE")
     args = parser.parse_args()
-    texts = [args.data / f"{domain}.test.txt" for domain in DOMAINS]
-    missing = [str(path) for path in (args.data / "calibration.txt", *texts) if not path.is_file()]
-    if missing:
-        parser.error(f"--data: not found: {', '.join(missing)}")
-    windows = [windows_of(text, args.model, args.tokens) for text in texts]
-    original = perplexities(args.model, windows)
+    texts = Texts.read(parser, args.data, args.model, args.tokens)
     found: dict[tuple[str, int], list[float]] = {}
     sizes: dict[tuple[str, int], float] = {}
     with work_folder(None) as work:
         for case in cases(args.hows, args.bits, args.seeds):
             key = case.how, case.bits
             sizes[key] = make(case, args, work / "out")
-            ratios = [value / base for value, base in zip(perplexities(work / "out", windows), original, strict=True)]
+            ratios = texts.of(work / "out")
             found.setdefault(key, []).append(geometric_mean(ratios))
             note(f"{case.how}, {case.bits} bits, seed {case.seed}: {found[key][-1]:.4f}")
     rows = []
@@ -132,8 +125,7 @@ def main() -> None:
             if (values := found.get((how, width))) is None:
                 cells.append("")
                 continue
-            spread = "" if len(values) == 1 else f" ({min(values):.4f} to {max(values):.4f})"
-            cells.append(f"{statistics.mean(values):.4f}{spread} at {sizes[how, width]:.2f}")
+            cells.append(f"{spread(values)} at {sizes[how, width]:.2f}")
         rows.append([how, *cells])
     widths = [f"{width} bits, groups of {GRIDS[width]}" for width in args.bits]
     table(f"Perplexity over the original's, and bits a weight; seeds {args.seeds}", ["", *widths], rows)
