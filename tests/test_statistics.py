@@ -14,7 +14,8 @@ from safetensors import safe_open
 
 from weightworks.engine.statistics import drawn
 from weightworks.errors import CheckpointError, OutputError, ResourceError
-from weightworks.plan.stats import Gathered, run_stats
+from weightworks.plan.side import Written
+from weightworks.plan.stats import run_stats
 from weightworks.stage.settings import Settings
 from weightworks.stage.statistics import StatisticsOptions
 from weightworks.store.checkpoint import Checkpoint
@@ -25,7 +26,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 SHORT: dict[str, Any] = {"num_samples": 3, "seq_len": 24, "device": "cpu", "dtype": "float32"}
 
 
-def gather(model: Path, target: Path, kind: str = "gram", labels: str = "model", **settings: Any) -> Gathered:
+def gather(model: Path, target: Path, kind: str = "gram", labels: str = "model", **settings: Any) -> Written:
     options = StatisticsOptions(kind=kind, labels=labels)  # type: ignore[arg-type]
     return run_stats(str(model), options, Settings(**{**SHORT, **settings}), output=target)
 

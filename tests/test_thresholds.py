@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM
 from weightworks.engine import thresholds as engine
 from weightworks.engine.thresholds import Histogram, _allocate
 from weightworks.errors import ArchitectureError
-from weightworks.plan.thresholds import FILE, REPORT, Found, run_thresholds
+from weightworks.plan.side import Written
+from weightworks.plan.thresholds import FILE, REPORT, run_thresholds
 from weightworks.stage.settings import Settings
 from weightworks.stage.thresholds import ThresholdOptions
 from weightworks.stream.builtin import HERE
@@ -26,7 +27,7 @@ from weightworks.testing.tiny import make_model
 SETTINGS = Settings(num_samples=4, seq_len=64, device="cpu", dataset=str(HERE / "calibration.txt"))
 
 
-def find(model: Path, target: Path, **options: Any) -> Found:
+def find(model: Path, target: Path, **options: Any) -> Written:
     return run_thresholds(str(model), ThresholdOptions(**options), SETTINGS, output_dir=target)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from weightworks.engine.statistics import (
 )
 from weightworks.engine.walk import Walk
 from weightworks.errors import OutputError, ResourceError
+from weightworks.plan.side import Looking, Written
 from weightworks.plan.stage import keep_inputs, short_name
 from weightworks.plan.texts import calibrate, check_windows, stored_dtype
 from weightworks.plan.working import working
@@ -43,28 +43,6 @@ BACKWARD = 3  # times the arithmetic of a forward pass that a gradient takes
 STATES_SHARE = 4  # hidden states may take this part of memory; beyond it they go to a file
 
 
-@dataclass(frozen=True)
-class Gathered:
-    """What became of a request. ``facts`` are the file's own, None after a dry run; ``notes`` tell what fell short."""
-
-    target: Path
-    estimate: Estimate | None
-    facts: dict[str, Any] | None
-    notes: tuple[str, ...] = ()
-    cached: bool = False
-    seconds: float = 0.0
-
-
-@dataclass(frozen=True)
-class _Gathering:
-    """Stands where a job has its method: nothing is quantized, nothing ignored."""
-
-    options: StatisticsOptions
-
-    def scheme(self) -> None:
-        return None
-
-
 def run_stats(
     model: str,
     options: StatisticsOptions,
@@ -74,14 +52,14 @@ def run_stats(
     dry_run: bool = False,
     progress: Progress | None = None,
     announce: Callable[[dict[str, Any]], None] = lambda resolved: None,
-) -> Gathered:
+) -> Written:
     """Gather statistics of ``model`` on the text of ``settings`` into one file. ``announce`` is given the configuration."""
     started, progress = time.monotonic(), progress or Progress(quiet=True)
     checkpoint = Checkpoint.open(model, allow_pickle=settings.allow_pickle)
     target = (output or Path(f"{short_name(checkpoint)}.{options.kind}.safetensors")).absolute()
     keep_inputs(target, [checkpoint])
     device, label = pick_device(settings.device), f"stats.{options.kind}"
-    job = Job(label, VERSION, _Gathering(options), settings, checkpoint, target, progress, device)
+    job = Job(label, VERSION, Looking(options), settings, checkpoint, target, progress, device)
     text = calibrate(job)
     dtype = torch.float32
     if options.kind == "gram":
@@ -91,14 +69,14 @@ def run_stats(
     if target.is_file() and not settings.overwrite:
         facts = read_facts(target)
         if facts is not None and facts["identity"] == digest_of(identity):
-            return Gathered(target, None, facts, cached=True, seconds=time.monotonic() - started)
+            return Written(target, None, facts, cached=True, seconds=time.monotonic() - started)
     if not dry_run:
         check_target(target, overwrite=settings.overwrite)
     if target.is_dir():
         raise OutputError(f"{target}: is a folder; statistics are one file", hint="give a file name with -o")
     costs = _estimate(job, text, dtype)
     if dry_run:
-        return Gathered(target, costs, None, seconds=time.monotonic() - started)
+        return Written(target, costs, None, seconds=time.monotonic() - started)
     _refuse(job, costs)
     transposed = sorted(linear.tensor for linear in job.linears.values() if linear.transposed)
     facts = {
@@ -115,7 +93,7 @@ def run_stats(
         ),
     }
     notes = _execute(job, identity, facts, text, dtype, costs)
-    return Gathered(target, costs, facts, tuple(notes), seconds=time.monotonic() - started)
+    return Written(target, costs, facts, tuple(notes), seconds=time.monotonic() - started)
 
 
 def _execute(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from weightworks.engine.job import Job, digest_of
 from weightworks.engine.machine import compute_dtype, free_memory, pick_device, resident, speeds
 from weightworks.engine.thresholds import BINS, STEP, find_thresholds, joined
 from weightworks.engine.walk import Walk
+from weightworks.plan.side import Looking, Written
 from weightworks.plan.stage import keep_inputs, short_name
 from weightworks.plan.texts import calibrate, check_windows, stored_dtype
 from weightworks.plan.working import working
@@ -39,28 +39,6 @@ SCORED, LENGTH = 32, 256  # windows of each text that is scored, and their token
 STATES_SHARE = 4  # hidden states may take this part of memory; beyond it they go to a file
 
 
-@dataclass(frozen=True)
-class Found:
-    """What became of a request. ``facts`` are the folder's report, None after a dry run; ``notes`` tell what was left out."""
-
-    target: Path
-    estimate: Estimate | None
-    facts: dict[str, Any] | None
-    notes: tuple[str, ...] = ()
-    cached: bool = False
-    seconds: float = 0.0
-
-
-@dataclass(frozen=True)
-class _Finding:
-    """Stands where a job has its method: nothing is quantized, nothing ignored."""
-
-    options: ThresholdOptions
-
-    def scheme(self) -> None:
-        return None
-
-
 def run_thresholds(
     model: str,
     options: ThresholdOptions,
@@ -71,7 +49,7 @@ def run_thresholds(
     dry_run: bool = False,
     progress: Progress | None = None,
     announce: Callable[[dict[str, Any]], None] = lambda resolved: None,
-) -> Found:
+) -> Written:
     """Find thresholds of ``model`` on the text of ``settings`` and measure them on the check text and on ``texts``.
 
     ``announce`` is given the configuration as it will run.
@@ -82,7 +60,7 @@ def run_thresholds(
     target = (output_dir or Path(name)).absolute()
     keep_inputs(target, [checkpoint])
     device = pick_device(settings.device)
-    job = Job(f"sparsify.{options.method}", VERSION, _Finding(options), settings, checkpoint, target, progress, device)
+    job = Job(f"sparsify.{options.method}", VERSION, Looking(options), settings, checkpoint, target, progress, device)
     text = calibrate(job)
     scored = {"check text": check_windows(checkpoint, job.skeleton, trust_remote_code=settings.trust_remote_code)}
     scored |= {path: _scored(job, path).tokens for path in texts}
@@ -101,14 +79,14 @@ def run_thresholds(
     identity = job.identity(calibration=text.digest, dtype=str(dtype))
     identity["scored"] = {path: digest_of({"tokens": tokens.tolist()}) for path, tokens in scored.items()}
     if (report := _finished(target, identity)) is not None and not settings.overwrite:
-        return Found(target, None, report, cached=True, seconds=time.monotonic() - started)
+        return Written(target, None, report, cached=True, seconds=time.monotonic() - started)
     costs = _estimate(job, text, dtype)
     if dry_run:
-        return Found(target, costs, None, seconds=time.monotonic() - started)
+        return Written(target, costs, None, seconds=time.monotonic() - started)
     check_target(target, overwrite=settings.overwrite)
     refuse(costs, target)
     report = _execute(job, identity, text, scored, dtype, on_disk=costs.on_disk)
-    return Found(target, costs, report, tuple(report["left"]), seconds=time.monotonic() - started)
+    return Written(target, costs, report, tuple(report["left"]), seconds=time.monotonic() - started)
 
 
 def left_out(job: Job) -> list[str]:
