@@ -20,7 +20,8 @@ from weightworks.engine.allocation import Plan
 from weightworks.engine.blockwise import Blockwise, prove_first
 from weightworks.engine.decisions import Problem, named, named_all, weights_of
 from weightworks.engine.estimate import Estimate
-from weightworks.engine.job import Job, digest_of, packed_bytes
+from weightworks.engine.identity import digest_of
+from weightworks.engine.job import Job, packed_bytes
 from weightworks.engine.sensitivity import Sensitivity
 from weightworks.engine.units import Unit
 from weightworks.errors import MethodError

@@ -12,8 +12,8 @@ import torch
 
 import weightworks
 from weightworks.engine.adapting import Solved, named, stored
+from weightworks.engine.identity import environment, origin
 from weightworks.engine.inmemory import merged
-from weightworks.engine.job import environment, origin
 from weightworks.errors import MethodError, UsageError
 from weightworks.report.card import adapter_card
 from weightworks.report.progress import Progress

@@ -17,7 +17,8 @@ from torch import nn
 
 import weightworks
 from weightworks.engine.adapting import Solved, named, stored
-from weightworks.engine.job import environment, matches, origin
+from weightworks.engine.identity import environment, origin
+from weightworks.engine.job import matches
 from weightworks.errors import MethodError
 from weightworks.report.card import adapter_card
 from weightworks.report.progress import Progress

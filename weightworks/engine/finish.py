@@ -10,7 +10,8 @@ from typing import Any, Protocol
 
 import torch
 
-from weightworks.engine.job import Job, digest_of, fallbacks
+from weightworks.engine.identity import digest_of
+from weightworks.engine.job import Job, fallbacks
 from weightworks.errors import VerificationError, WeightworksError
 from weightworks.report.progress import Progress
 from weightworks.stage.settings import Settings

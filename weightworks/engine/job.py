@@ -6,22 +6,18 @@ Everything that can be refused is refused here, from headers and structure alone
 from __future__ import annotations
 
 import fnmatch
-import hashlib
-import json
 import math
-import platform
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
-import weightworks
-from weightworks.errors import CheckpointError, MethodError
+from weightworks.engine.identity import identity_of, origin
+from weightworks.errors import MethodError
 from weightworks.report.card import model_card
 from weightworks.report.progress import Progress
 from weightworks.stage.budget import Budget, budget_of
@@ -29,14 +25,12 @@ from weightworks.stage.protocols import Solution, Target
 from weightworks.stage.settings import Settings
 from weightworks.stage.tweaking import Tweak, tweak_of
 from weightworks.store.adapted import AdaptedCheckpoint
-from weightworks.store.adapters import Adapter
 from weightworks.store.checkpoint import FACTORS, MASKS, Checkpoint
 from weightworks.store.compressed import MIXED
 from weightworks.store.dense import DenseView
 from weightworks.store.factors import factor_specs
 from weightworks.store.formats import find_format
 from weightworks.store.layout import Format
-from weightworks.store.manifest import made_by, read_provenance
 from weightworks.store.masks import SUFFIX, Masks, mask_spec, pack_bits
 from weightworks.store.mixed import MixedScheme, elements
 from weightworks.store.packing import Scheme
@@ -47,8 +41,6 @@ from weightworks.store.tensorfile import TensorSpec
 from weightworks.stream.linears import Linear, block_linears, head_linear
 from weightworks.stream.skeleton import Skeleton, build
 from weightworks.stream.whole import Outline, Subset
-
-NUMERIC = ("torch", "numpy", "scipy", "transformers", "safetensors")  # versions that may change a bit of the output
 
 EXPERTS = r"re:.*\.experts(\..*)?$"  # the target by which transformers finds the scheme of all experts
 
@@ -488,38 +480,6 @@ class Job:
         return identity_of(self, **facts)
 
 
-class Identified(Protocol):
-    """What a run on one checkpoint depends on."""
-
-    label: str
-    version: int
-    settings: Settings
-    checkpoint: Checkpoint
-    device: torch.device
-
-    @property
-    def teacher(self) -> Checkpoint | None: ...
-
-    @property
-    def options(self) -> Any: ...
-
-
-def identity_of(job: Identified, **facts: Any) -> dict[str, Any]:
-    """What the output of ``job`` depends on, ``facts`` among it."""
-    return {
-        "method": job.label,
-        "method_version": job.version,
-        "weightworks": weightworks.__version__,
-        "options": job.options.resolved(),
-        "input": job.checkpoint.digest,
-        **({} if job.teacher is None else {"teacher": job.teacher.digest}),
-        "max_shard_size": job.settings.shard_bytes,
-        "seed": job.settings.seed,
-        "environment": environment(job.device),
-        **facts,
-    }
-
-
 def packed_bytes(linear: Linear, scheme: Scheme) -> int:
     """Bytes of all that is stored for a weight of a scheme in compressed-tensors' layouts."""
     return sum(spec.nbytes for spec in MIXED.specs(linear.base, linear.shape, scheme, linear.dtype))
@@ -551,35 +511,6 @@ def refuse_filled(checkpoint: Checkpoint) -> None:
 def dense_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """A configuration without what only packed or sparse weights need."""
     return {key: value for key, value in config.items() if key not in ("quantization_config", "sparsity_config")}
-
-
-def origin(source: Checkpoint | Adapter) -> dict[str, Any]:
-    """An input as provenance names it: by its name, its files' digests, and the stage that made it if there is one."""
-    if isinstance(source, RotatedCheckpoint) and source.base is not None:
-        return origin(source.base)
-    remarks = source.remarks if isinstance(source, Checkpoint) else []
-    try:
-        whole = isinstance(source, Adapter) or source.as_stored  # no stage made a sum
-        parent = read_provenance(source.root) if whole else None
-    except CheckpointError:  # a file of another tool
-        parent = None
-    told = {"remarks": remarks} if remarks else {}
-    return {"name": source.source, "files": source.files, "made_by": parent and made_by(parent), **told}
-
-
-def environment(device: torch.device) -> dict[str, Any]:
-    """Versions and hardware that may change a bit of the output."""
-    return {
-        **{name: version(name) for name in NUMERIC},
-        "machine": platform.machine(),
-        "threads": torch.get_num_threads(),
-        "device": str(device),
-    }
-
-
-def digest_of(identity: dict[str, Any]) -> str:
-    """sha256 of an identity."""
-    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
 
 def matches(pattern: str, name: str) -> bool:

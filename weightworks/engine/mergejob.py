@@ -15,7 +15,8 @@ import torch
 
 import weightworks
 from weightworks.engine.earlier import STATE_FILE, STATE_PREFIX, Earlier, open_earlier
-from weightworks.engine.job import dense_config, environment, origin, refuse_filled
+from weightworks.engine.identity import environment, origin
+from weightworks.engine.job import dense_config, refuse_filled
 from weightworks.engine.merge_masks import Carried, carried_masks
 from weightworks.engine.mergeplan import Layout, OneMethod, Part, Planner
 from weightworks.engine.side import Side, open_statistics

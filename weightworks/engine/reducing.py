@@ -16,7 +16,8 @@ from typing import Any, ClassVar, Protocol
 import torch
 
 from weightworks.engine.finish import publish, seal, stream_perplexity, verification, verify
-from weightworks.engine.job import identity_of, origin, refuse_packed
+from weightworks.engine.identity import identity_of, origin
+from weightworks.engine.job import refuse_packed
 from weightworks.engine.tensorwise import JOURNAL_BYTES
 from weightworks.report.card import model_card
 from weightworks.report.progress import Progress

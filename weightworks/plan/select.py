@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from weightworks.engine.estimate import BYTES_A_SECOND, RUNTIME_BYTES, Estimate, refuse
-from weightworks.engine.job import digest_of, identity_of, origin
+from weightworks.engine.identity import digest_of, identity_of, origin
 from weightworks.engine.machine import compute_dtype, free_memory, pick_device, resident, speeds
 from weightworks.engine.measuring import Embed, Measuring, Parts, Through, sentence_embedder
 from weightworks.errors import CalibrationError, MethodError, UsageError

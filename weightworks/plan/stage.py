@@ -18,7 +18,8 @@ from weightworks.engine.estimate import Estimate, estimate, refuse
 from weightworks.engine.executor import Executor
 from weightworks.engine.finish import copy_rest, finish, stream_perplexity
 from weightworks.engine.gradients import Backward, solved
-from weightworks.engine.job import Job, digest_of, refuse_filled
+from weightworks.engine.identity import digest_of
+from weightworks.engine.job import Job, refuse_filled
 from weightworks.engine.machine import pick_device
 from weightworks.engine.modelwise import Training
 from weightworks.engine.reconstruct import Reconstruction

@@ -12,7 +12,8 @@ import torch
 
 from weightworks.engine.blockwise import hidden_size
 from weightworks.engine.estimate import BYTES_A_SECOND, RUNTIME_BYTES, Estimate, refuse
-from weightworks.engine.job import Job, digest_of
+from weightworks.engine.identity import digest_of
+from weightworks.engine.job import Job
 from weightworks.engine.machine import compute_dtype, free_memory, pick_device, resident, speeds
 from weightworks.engine.statistics import (
     fisher_bytes,
