@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from commands import Commands
 from conftest import AdapterMaker, CheckpointMaker
 from safetensors.torch import load_file
 
-from weightworks.errors import CheckpointError
+from weightworks.errors import CheckpointError, SourceChangedError
 from weightworks.plan.keys import contents
 from weightworks.plan.reader import unreachable
 from weightworks.store.adapted import BLOCK
@@ -240,6 +241,18 @@ def test_adapters_refused(
     with pytest.raises(CheckpointError) as refusal:
         joined(base, make_adapter(tensors, **config))
     assert text in str(refusal.value)
+
+
+def test_a_sum_knows_when_its_files_change(base: Path, make_adapter: AdapterMaker) -> None:
+    total = joined(base, folder := make_adapter(PAIR))
+    weights = folder / "adapter_model.safetensors"
+    assert {path.parent for path in total.stamps} == {base, folder}
+    assert total.digest  # of what is there now
+    os.utime(weights, (0, 0))  # touched, and the same
+    total.refuse_changed()
+    weights.write_bytes(weights.read_bytes()[::-1])
+    with pytest.raises(SourceChangedError, match=r"adapter_model\.safetensors: was changed while it was read"):
+        total.refuse_changed()
 
 
 def test_bases_refused(make_checkpoint: CheckpointMaker, make_adapter: AdapterMaker, base: Path) -> None:

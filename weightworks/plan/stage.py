@@ -308,11 +308,13 @@ def calibrated(job: Job | ReduceJob, text: Text, dtype: torch.dtype) -> dict[str
 
 def keep_inputs(target: Path, checkpoints: Iterable[Checkpoint]) -> None:
     """Refuse a target that is a folder of an input, or holds one; from now on a change of an input is noticed."""
-    for root in (root.resolve() for checkpoint in checkpoints if checkpoint.stamps for root in checkpoint.roots):
-        if target.resolve() in (root, *root.parents):
-            raise OutputError(
-                f"{target}: is an input, or holds one; it would be replaced", hint="choose another --output-dir"
-            )
+    for checkpoint in checkpoints:
+        checkpoint.watch()
+        for root in (root.resolve() for root in checkpoint.roots):
+            if target.resolve() in (root, *root.parents):
+                raise OutputError(
+                    f"{target}: is an input, or holds one; it would be replaced", hint="choose another --output-dir"
+                )
 
 
 def where(checkpoint: Checkpoint) -> str:

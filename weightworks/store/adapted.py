@@ -141,6 +141,10 @@ class AdaptedCheckpoint(Checkpoint):
             found |= {f"adapter {number}/{name}": digest for name, digest in adapter.files.items()}
         return found
 
+    def known(self, path: Path) -> str | None:
+        adapter = next((one for one in self.adapters if one.root == path.parent), None)
+        return super().known(path) if adapter is None else adapter.files.get(path.name)
+
     def _read(self, info: TensorInfo, shape: tuple[int, ...], skip: int, dtype: torch.dtype | None) -> torch.Tensor:
         updates = (self.updates or {}).get(info.name, ())
         if not updates:

@@ -174,12 +174,20 @@ class Checkpoint:
         paths = [path for root in self.roots for path in sorted(root.iterdir()) if path.suffix in READ]
         return {path: stamp(path) for path in paths}
 
+    def watch(self) -> None:
+        """From now on a change of a file is one."""
+        _ = self.stamps
+
+    def known(self, path: Path) -> str | None:
+        """The sha256 that one of the files had."""
+        return self.files.get(path.name)
+
     def refuse_changed(self) -> None:
         """Raise :class:`SourceChangedError` if a file has another content than when ``stamps`` were taken."""
         for path, before in self.stamps.items():
             if (now := stamp(path)) == before:
                 continue
-            if now is None or file_digest(path) != self.files.get(path.name):
+            if now is None or file_digest(path) != self.known(path):
                 what = "is gone" if now is None else "was changed"
                 raise SourceChangedError(
                     f"{path}: {what} while it was read; what was made of it is discarded",
